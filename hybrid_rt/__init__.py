@@ -1,0 +1,1 @@
+"""The model and the engine: attention, router, experts, cache, tokenizer, sampling and generation."""

@@ -1,0 +1,72 @@
+"""The small parts that blocks are made of, and where they get their weights."""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quant.formats import QuantTensor
+from quant.ops import linear
+
+
+class Experts(Protocol):
+    """The routed experts of one layer. Work is submitted, goes on beside other work, and is fetched by sync."""
+
+    def submit(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
+        """Start the experts `ids` [T, K] on `x` [T, dim]; returns what `sync` takes."""
+
+    def sync(self, pending: Any) -> torch.Tensor:
+        """The weighted sum over the chosen experts: [T, dim]."""
+
+
+class Parts(Protocol):
+    """Where a model's weights come from: a checkpoint when it runs, fresh parameters when it is trained.
+
+    Names are those of the inventory (quant/inventory.py).
+    """
+
+    def linear(self, name: str) -> nn.Module:
+        """A map from [..., columns] to [..., rows] of the matrix `name`."""
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor `name`, whole: in `dtype`, or in the model's when None."""
+
+    def embedding(self, name: str) -> torch.Tensor:
+        """The embedding table `name` [vocab, dim] as it is stored."""
+
+    def experts(self, layer: int) -> Experts:
+        """The routed experts of `layer`."""
+
+
+class Linear(nn.Module):
+    """A matrix in its stored format; the operator finds the kernel for (format, device)."""
+
+    def __init__(self, weight: QuantTensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU: a dense layer's MLP, or the shared experts of a MoE layer."""
+
+    def __init__(self, prefix: str, parts: Parts) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = (parts.linear(f"{prefix}.{w}") for w in ("w1", "w2", "w3"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
