@@ -1,0 +1,36 @@
+"""The latent cache: what attention keeps of the tokens it has seen."""
+
+import torch
+
+from quant.config import ModelConfig
+
+
+class LatentCache:
+    """The normed latent and the turned rope key of every token and layer: [layers, capacity, kv_lora + rope].
+
+    Pages that no token has reached yet take no memory. `length` tokens are valid in all layers.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.data = torch.empty(config.n_layers, capacity, config.latent_dim, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.data.shape[1]
+
+    def write(self, layer: int, start: int, latent: torch.Tensor) -> torch.Tensor:
+        """Store `latent` [T, kv_lora + rope] of the tokens from `start` on; returns all of the layer up to them."""
+        end = start + latent.shape[0]
+        self.data[layer, start:end] = latent
+        return self.data[layer, :end]
+
+    def load(self, latents: torch.Tensor) -> None:
+        """Replace the contents by `latents` [layers, T, kv_lora + rope]."""
+        self.length = latents.shape[1]
+        self.data[:, : self.length] = latents
+
+    def valid(self) -> torch.Tensor:
+        """The tokens that are stored: [layers, length, kv_lora + rope]."""
+        return self.data[:, : self.length]

@@ -1,0 +1,110 @@
+"""Attention over the latent cache, a block of it at a time: the workspace does not grow with the context.
+
+Prefill decompresses a block of latents into keys and values, uses it for all queries and drops it. Decode
+absorbs wkv_b into the queries and the output instead, and works on the latents as they are (DeepSeek-V2
+paper, section 2.1.2). Both give the same numbers but for rounding; the number of tokens alone decides.
+Softmax is online: a running maximum, a running sum, and the sums rescaled when the maximum grows.
+
+Shapes: T query tokens, S cached tokens of one block, H heads, C = kv_lora.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from hybrid_rt.cache import LatentCache
+
+ABSORBED_UP_TO = 8  # tokens; from here on decompressing a block costs less than the wider absorbed scores
+PREFILL_BLOCK = 512
+DECODE_BLOCK = 2048
+
+
+class CachedAttention:
+    """The context of tokens that are appended to a cache (`AttentionContext`)."""
+
+    def __init__(self, cache: LatentCache, tokens: int, scale: float) -> None:
+        self.cache, self.start, self.scale = cache, cache.length, scale
+        self.positions = torch.arange(self.start, self.start + tokens, device=cache.data.device)
+
+    def attend(
+        self, layer: int, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, wkv_b: torch.Tensor
+    ) -> torch.Tensor:
+        """Store the tokens' latents, then attend to all up to them. wkv_b: [H, nope + v, C]; returns [T, H, v]."""
+        cached = self.cache.write(layer, self.start, latent)
+        absorbed = q_nope.shape[0] <= ABSORBED_UP_TO
+        attend = attend_absorbed if absorbed else attend_decompressed
+        return attend(q_nope, q_pe, cached, wkv_b, self.scale)
+
+
+class OnlineSoftmax:
+    """softmax(scores) @ values over blocks of scores. Sums are float32."""
+
+    def __init__(self) -> None:
+        self.maximum: torch.Tensor | None = None
+
+    def add(self, scores: torch.Tensor, values: torch.Tensor) -> None:
+        """scores: float32 [..., T, S], overwritten; -inf where masked, but never a whole first row. values: [..., S, D]."""
+        maximum = scores.amax(dim=-1, keepdim=True)
+        if self.maximum is not None:
+            maximum = torch.maximum(maximum, self.maximum)
+        shares = scores.sub_(maximum).exp_()
+        total = shares.sum(dim=-1, keepdim=True)
+        weighted = (shares.to(values.dtype) @ values).float()
+        if self.maximum is not None:
+            shrink = (self.maximum - maximum).exp_()
+            total += self.total * shrink
+            weighted += self.weighted * shrink
+        self.maximum, self.total, self.weighted = maximum, total, weighted
+
+    def result(self) -> torch.Tensor:
+        """float32 [..., T, D]."""
+        return self.weighted / self.total
+
+
+def attend_decompressed(
+    q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """For many queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
+    heads, width, lora = wkv_b.shape
+    nope, rope = q_nope.shape[-1], q_pe.shape[-1]
+    queries = torch.cat([q_nope, q_pe], dim=-1).transpose(0, 1) * scale  # [H, T, nope + rope]
+    softmax = OnlineSoftmax()
+    for first, block in _blocks(cached, PREFILL_BLOCK):
+        latents, k_pe = block.split([lora, rope], dim=-1)
+        k_nope, values = (latents @ wkv_b.transpose(1, 2)).split([nope, width - nope], dim=-1)  # [H, S, nope | v]
+        keys = torch.cat([k_nope, k_pe.expand(heads, -1, -1)], dim=-1)
+        scores = (queries @ keys.transpose(1, 2)).float()  # [H, T, S]
+        softmax.add(_mask_future(scores, first, cached.shape[0]), values)
+    return softmax.result().transpose(0, 1).to(q_nope.dtype)
+
+
+def attend_absorbed(
+    q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """For few queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
+    lora, nope = wkv_b.shape[2], q_nope.shape[-1]
+    w_uk, w_uv = wkv_b[:, :nope], wkv_b[:, nope:]
+    q_latent = q_nope.transpose(0, 1) @ w_uk  # [H, T, C]
+    queries = torch.cat([q_latent, q_pe.transpose(0, 1)], dim=-1) * scale
+    softmax = OnlineSoftmax()
+    for first, block in _blocks(cached, DECODE_BLOCK):
+        scores = (queries @ block.T).float()  # [H, T, S]
+        softmax.add(_mask_future(scores, first, cached.shape[0]), block[:, :lora])
+    heads = softmax.result().to(q_nope.dtype) @ w_uv.transpose(1, 2)  # [H, T, v]
+    return heads.transpose(0, 1)
+
+
+def _blocks(cached: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    for first in range(0, cached.shape[0], size):
+        yield first, cached[first : first + size]
+
+
+def _mask_future(scores: torch.Tensor, first: int, seen: int) -> torch.Tensor:
+    """Set scores of keys after their query to -inf. Keys begin at `first`; the queries are the last of `seen`."""
+    queries, keys = scores.shape[-2:]
+    first_query = seen - queries
+    if first + keys <= first_query + 1:
+        return scores
+    key = torch.arange(first, first + keys, device=scores.device)
+    query = torch.arange(first_query, seen, device=scores.device)
+    return scores.masked_fill_(key > query[:, None], float("-inf"))
