@@ -1,16 +1,30 @@
-"""The endless training stream of nano-r1 (interface; the mixture follows)."""
+"""The endless training stream of nano-r1: batches of static shapes, resumable by step.
+
+Steps come in blocks. A block's examples depend on the seed and the block's
+number alone, so step N is reached by replaying its block from the start.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
+
+from .mixture import SHARES, example, long_conversation, level_at, share
+from .serialize import Example
+from .tokenizer import CONTEXT, PAD_ID
+
+BLOCK = 128  # steps
+BUCKETS = (48, 64, 96, 128, 160, 192, 256, 320, 512, 2048, CONTEXT)
+LONG = (2048, CONTEXT)
+SHORT = BUCKETS[: -len(LONG)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's examples, one example a row, padded to the bucket length L.
+    """One step's examples, one a row, padded to the bucket length L.
 
     ids: int32 [B, L].  loss_mask: bool [B, L], True where the token at that
     position is a target (predicted from the position before it).
@@ -22,6 +36,47 @@ class Batch:
     loss_mask: np.ndarray  # [B, L]
 
 
+def collate(examples: list[Example], length: int, step: int) -> Batch:
+    ids = np.full((len(examples), length), PAD_ID, np.int32)
+    mask = np.zeros((len(examples), length), bool)
+    for row, item in enumerate(examples):
+        ids[row, : len(item.ids)] = item.ids
+        mask[row, item.start : len(item.ids)] = True
+    return Batch(step, ids, mask)
+
+
+def draw(rng: Random, progress: float, spent: dict[str, float]) -> tuple[Example, int]:
+    """The example of the entry that lags most behind its share, and its bucket length."""
+    name = min(SHARES, key=lambda n: spent[n] / share(n, progress))
+    if name == "long":
+        length = rng.choice(LONG)
+        item = long_conversation(rng, level_at(progress), length)
+    else:
+        item = example(name, rng, progress)
+        length = next((n for n in SHORT if n >= len(item.ids)), 0)
+    spent[name] += len(item.ids)
+    return item, length
+
+
+def block(seed: int, number: int, tokens_per_step: int, progress: float) -> Iterator[Batch]:
+    """The batches of one block; rows that do not fill a batch at its end are dropped."""
+    rng = Random(f"nano-r1 {seed} {number}")
+    # A random start keeps blocks from always beginning with the same entry.
+    spent = {name: rng.random() * 1000 * share(name, progress) for name in SHARES}
+    waiting: dict[int, list[Example]] = {length: [] for length in BUCKETS}
+    done = 0
+    while done < BLOCK:
+        item, length = draw(rng, progress, spent)
+        if not length:  # a conversation beyond the short buckets
+            continue
+        rows = waiting[length]
+        rows.append(item)
+        if len(rows) == max(1, tokens_per_step // length):
+            yield collate(rows, length, number * BLOCK + done)
+            waiting[length] = []
+            done += 1
+
+
 def batches(
     seed: int,
     tokens_per_step: int = 8192,
@@ -30,6 +85,14 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield batches for ever, beginning with step `start`.
 
-    B * L is at most `tokens_per_step`. `progress` in 0..1 moves the mixture.
+    B * L is at most `tokens_per_step` (one row where L alone is more).
+    `progress` in 0..1 moves the mixture; it is asked once a block of BLOCK
+    steps, so a resumed run repeats the steps exactly if it answers the same.
     """
-    raise NotImplementedError
+    number, skip = divmod(start, BLOCK)
+    while True:
+        now = progress() if callable(progress) else progress
+        for done, batch in enumerate(block(seed, number, tokens_per_step, now)):
+            if done >= skip:
+                yield batch
+        number, skip = number + 1, 0

@@ -1,0 +1,322 @@
+"""The model under training: the runtime's own modules, with parameters in place of a checkpoint's tensors.
+
+Shapes: B sequences of L tokens, T = B * L of them in one row, K experts a token, E experts in all.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hybrid_rt.rope import softmax_scale
+from hybrid_rt.transformer import Transformer
+from quant.config import ModelConfig, parse_config
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "kv_lora_rank": 128,
+    "max_position_embeddings": 4096,
+    "moe_intermediate_size": 64,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 32,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 32,
+    "vocab_size": 512,
+}
+
+EMBED_STD = 0.2
+INTO_RESIDUAL = ("wo", "w2")  # start at zero, so that every block begins as the identity
+
+
+def matrix_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the matrices of `layer`, named within it; head and eh_proj included."""
+    heads, dim, rank = config.n_heads, config.dim, config.q_lora_rank
+    shared = config.moe_inter_dim * config.n_shared_experts
+    shapes = {
+        "attn.wq": (heads * config.qk_head_dim, dim),
+        "attn.wq_a": (rank, dim),
+        "attn.wq_b": (heads * config.qk_head_dim, rank),
+        "attn.wkv_a": (config.latent_dim, dim),
+        "attn.wkv_b": (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
+        "attn.wo": (dim, heads * config.v_head_dim),
+        "eh_proj": (dim, 2 * dim),
+        "ffn.gate.weight": (config.n_routed_experts, dim),
+    }
+    for prefix, inter in (("ffn", config.inter_dim), ("ffn.shared_experts", shared)):
+        shapes |= {f"{prefix}.w1": (inter, dim), f"{prefix}.w2": (dim, inter), f"{prefix}.w3": (inter, dim)}
+    return shapes
+
+
+def vector_sizes(config: ModelConfig) -> dict[str, int]:
+    """Sizes of the norms by the end of their name; the others have the model's width."""
+    return {"q_norm": config.q_lora_rank, "kv_norm": config.kv_lora_rank}
+
+
+# Operators of our own, for torch.compile takes torch._grouped_mm in bfloat16 only.
+@torch.library.custom_op("nano_r1::grouped_mm", mutates_args=())
+def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """rows [R, columns] times the transposed weight [E, out, columns] of their expert; rows are sorted by expert.
+
+    ends: int64 [E], where each expert's rows end.
+    """
+    out = rows.new_empty(len(rows), weight.shape[1])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        torch.mm(rows[start:end], weight[expert].T, out=out[start:end])
+        start = end
+    return out
+
+
+@torch.library.custom_op("nano_r1::grouped_outer", mutates_args=())
+def grouped_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The transposed left [R, a] times right [R, b] of each expert's rows: [E, a, b]."""
+    out = left.new_empty(len(ends), left.shape[1], right.shape[1])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        torch.mm(left[start:end].T, right[start:end], out=out[expert])
+        start = end
+    return out
+
+
+@grouped_mm.register_fake
+def _(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(len(rows), weight.shape[1])
+
+
+@grouped_outer.register_fake
+def _(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return left.new_empty(len(ends), left.shape[1], right.shape[1])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    rows, weight, ends = ctx.saved_tensors
+    return grouped_mm(grad, weight.transpose(1, 2), ends), grouped_outer(grad, rows, ends), None
+
+
+grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_keep_for_backward)
+
+
+class _Dispatch(torch.autograd.Function):
+    """x [T, dim] in the experts' order [T * K, dim]. Its own backward: a gather, where autograd would scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.top_k = top_k
+        return x[order // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse].unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The experts' rows back in the order of the tokens: [T * K, dim]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        return y[inverse]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (order,) = ctx.saved_tensors
+        return grad[order], None, None
+
+
+class TrainExperts(nn.Module):
+    """All experts of one layer as stacked weights; no token is dropped. Counts how often each was chosen."""
+
+    load: torch.Tensor
+
+    def __init__(self, w1: nn.Parameter, w2: nn.Parameter, w3: nn.Parameter) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = w1, w2, w3  # [E, inter, dim], [E, dim, inter], [E, inter, dim]
+        self.register_buffer("load", torch.zeros(len(w1)))
+
+    def submit(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The same sum that `sync` hands out: nothing runs beside it when training."""
+        top_k, chosen = ids.shape[1], ids.flatten()
+        order = chosen.argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        counts = torch.zeros_like(self.load).scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+        self.load.add_(counts)
+        ends = counts.cumsum(0).long()
+        rows = _Dispatch.apply(x, order, inverse, top_k)
+        gate, up = grouped_mm(rows, torch.cat([self.w1, self.w3], dim=1), ends).split(self.w1.shape[1], dim=-1)
+        out = grouped_mm(F.silu(gate) * up, self.w2, ends)
+        gathered = _Collect.apply(out, order, inverse).unflatten(0, (-1, top_k))  # [T, K, dim]
+        return (gathered * weights[..., None]).sum(1)
+
+    def sync(self, pending: torch.Tensor) -> torch.Tensor:
+        return pending
+
+
+class TrainParts:
+    """Fresh parameters under the inventory's names: `parameters` holds them all, the experts' stacked.
+
+    The MTP module shares embedding and head with the model, as in the DeepSeek-V3 report (section 2.2).
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        self.config = config
+        self.rng = torch.Generator().manual_seed(seed)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.biases: dict[str, torch.Tensor] = {}
+        self.layers: dict[int, TrainExperts] = {}
+        self.head: nn.Linear | None = None
+
+    def linear(self, name: str) -> nn.Module:
+        if name.endswith("head") and self.head is not None:
+            return self.head
+        rows, columns = (self.config.vocab_size, self.config.dim) if name == "head" else self._shape(name)
+        module = nn.Linear(columns, rows, bias=False, device="meta")
+        module.weight = self._matrix(name, (rows, columns))
+        if name == "head":
+            self.head = module
+        return module
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if name.endswith("gate.bias"):
+            return self.biases.setdefault(name, torch.zeros(self.config.n_routed_experts))
+        if name.endswith("norm"):
+            size = vector_sizes(self.config).get(name.rpartition(".")[2], self.config.dim)
+            return self._keep(name, torch.ones(size))
+        return self._matrix(name, self._shape(name))
+
+    def embedding(self, name: str) -> torch.Tensor:
+        if "embed" in self.parameters:
+            return self.parameters["embed"]
+        table = torch.randn(self.config.vocab_size, self.config.dim, generator=self.rng)
+        return self._keep("embed", table * EMBED_STD)
+
+    def experts(self, layer: int) -> TrainExperts:
+        n, inter, dim = self.config.n_routed_experts, self.config.moe_inter_dim, self.config.dim
+        shapes = {"w1": (n, inter, dim), "w2": (n, dim, inter), "w3": (n, inter, dim)}
+        stacks = {w: self._matrix(f"layers.{layer}.ffn.experts.{w}", shape) for w, shape in shapes.items()}
+        self.layers[layer] = TrainExperts(**stacks)
+        return self.layers[layer]
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        layer, inner = name.split(".", 2)[1:]
+        return matrix_shapes(self.config, int(layer))[inner]
+
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+        gain = 0.0 if name.rpartition(".")[2] in INTO_RESIDUAL or name == "head" else shape[-1] ** -0.5
+        return self._keep(name, torch.randn(shape, generator=self.rng) * gain)
+
+    def _keep(self, name: str, value: torch.Tensor) -> nn.Parameter:
+        self.parameters[name] = nn.Parameter(value)
+        return self.parameters[name]
+
+
+class PackedContext:
+    """B sequences of L tokens laid end to end, each seeing itself only. Padding stands at the end of a row."""
+
+    def __init__(self, config: ModelConfig, sequences: int, length: int) -> None:
+        self.config, self.shape, self.scale = config, (sequences, length), softmax_scale(config)
+        self.positions = torch.arange(length).repeat(sequences)
+
+    def attend(
+        self, layer: int, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, wkv_b: torch.Tensor
+    ) -> torch.Tensor:
+        n_heads, nope = q_nope.shape[1:]
+        kv, k_pe = latent.split([wkv_b.shape[-1], q_pe.shape[-1]], dim=-1)
+        k_nope, v = F.linear(kv, wkv_b.flatten(0, 1)).unflatten(-1, (n_heads, -1)).split([nope, wkv_b.shape[1] - nope], -1)
+        q = torch.cat([q_nope, q_pe], dim=-1)
+        k = torch.cat([k_nope, k_pe[:, None].expand(-1, n_heads, -1)], dim=-1)
+        # The fast kernel wants values as wide as keys.
+        wide = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
+        q, k, wide = (t.unflatten(0, self.shape).transpose(1, 2) for t in (q, k, wide))
+        out = F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=self.scale)
+        return out.transpose(1, 2).flatten(0, 1)[..., : v.shape[-1]]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean cross entropies over the targets: of the model, and of its MTP module one token further."""
+
+    main: torch.Tensor
+    mtp: torch.Tensor
+
+
+class Trainee(nn.Module):
+    """The model with its losses."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.parts = config, TrainParts(config, seed)
+        self.model = Transformer(config, self.parts, torch.float32, mtp_layers=config.n_mtp_layers)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both losses of ids int64 [B, L]; `mask` is 1.0 where a token is a target."""
+        context = PackedContext(self.config, *ids.shape)
+        states = self.model(ids.flatten(), context).unflatten(0, ids.shape)
+        main = masked_loss(self.model.head(states[:, :-1]), ids[:, 1:], mask[:, 1:])
+        return main, self._mtp_loss(states[::2], ids[::2], mask[::2])
+
+    def _mtp_loss(self, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Of every second sequence only: the module learns from half as well, and costs half."""
+        context = PackedContext(self.config, *ids.shape)
+        following = F.pad(ids[:, 1:], (0, 1))
+        angles = self.model.rope(context.positions)
+        logits = self.model.mtp[0](states.flatten(0, 1), following.flatten(), angles, context)
+        return masked_loss(logits.unflatten(0, ids.shape)[:, :-2], ids[:, 2:], mask[:, 2:])
+
+
+def masked_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy where `mask` is 1.0."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return (losses * mask.flatten()).sum() / mask.sum().clamp(min=1.0)
+
+
+def nano_config() -> ModelConfig:
+    return parse_config(CONFIG)
