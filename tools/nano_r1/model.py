@@ -258,12 +258,84 @@ class TrainParts:
         return self.parameters[name]
 
 
-class PackedContext:
-    """B sequences of L tokens laid end to end, each seeing itself only. Padding stands at the end of a row."""
+@torch.library.custom_op("nano_r1::causal_attention", mutates_args=())
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention inside each of B rows of L tokens of q, k, v [T, H, D]; also the log-sum-exps [H * T].
 
-    def __init__(self, config: ModelConfig, sequences: int, length: int) -> None:
-        self.config, self.shape, self.scale = config, (sequences, length), softmax_scale(config)
-        self.positions = torch.arange(length).repeat(sequences)
+    shape: int64 [2], B and L. As a tensor it stays out of the compiled graph, so that one graph serves all buckets.
+    Tokens past B * L are filling; their output is 0.
+    """
+    out, sums = torch.zeros_like(q), q.new_zeros(q.shape[0] * q.shape[1])
+    n_rows, length = shape.tolist()
+    attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(_rows(t, n_rows, length) for t in (q, k, v)), is_causal=True, scale=scale
+    )
+    _rows(out, n_rows, length).copy_(attended)
+    sums[: log_sums.numel()] = log_sums.flatten()
+    return out, sums
+
+
+@torch.library.custom_op("nano_r1::causal_attention_grad", mutates_args=())
+def causal_attention_grad(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    shape: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v."""
+    grads = tuple(torch.zeros_like(t) for t in (q, k, v))
+    n_rows, length = shape.tolist()
+    results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(_rows(t, n_rows, length) for t in (grad, q, k, v, out)),
+        sums[: n_rows * length * q.shape[1]].view(n_rows, q.shape[1], length),
+        0.0,
+        True,
+        scale=scale,
+    )
+    for whole, result in zip(grads, results, strict=True):
+        _rows(whole, n_rows, length).copy_(result)
+    return grads[0], grads[1], grads[2]
+
+
+def _rows(flat: torch.Tensor, n_rows: int, length: int) -> torch.Tensor:
+    """[T, H, D] as [B, H, L, D]."""
+    return flat[: n_rows * length].unflatten(0, (n_rows, length)).transpose(1, 2)
+
+
+@causal_attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: torch.Tensor, scale: float) -> Any:
+    return torch.empty_like(q), q.new_empty(q.shape[0] * q.shape[1])
+
+
+@causal_attention_grad.register_fake
+def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _attention_backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+    q, k, v, shape, out, sums = ctx.saved_tensors
+    return *causal_attention_grad(grad, q, k, v, out, sums, shape, ctx.scale), None, None
+
+
+causal_attention.register_autograd(_attention_backward, setup_context=_keep_attention)
+
+
+class PackedContext:
+    """Rows of one length laid end to end, each seeing itself only. Padding stands at the end of a row."""
+
+    def __init__(self, config: ModelConfig, positions: torch.Tensor, shape: torch.Tensor) -> None:
+        self.positions, self.shape, self.scale = positions, shape, softmax_scale(config)
 
     def attend(
         self, layer: int, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, wkv_b: torch.Tensor
@@ -273,19 +345,49 @@ class PackedContext:
         k_nope, v = F.linear(kv, wkv_b.flatten(0, 1)).unflatten(-1, (n_heads, -1)).split([nope, wkv_b.shape[1] - nope], -1)
         q = torch.cat([q_nope, q_pe], dim=-1)
         k = torch.cat([k_nope, k_pe[:, None].expand(-1, n_heads, -1)], dim=-1)
-        # The fast kernel wants values as wide as keys.
-        wide = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
-        q, k, wide = (t.unflatten(0, self.shape).transpose(1, 2) for t in (q, k, wide))
-        out = F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=self.scale)
-        return out.transpose(1, 2).flatten(0, 1)[..., : v.shape[-1]]
+        wide = F.pad(v, (0, k.shape[-1] - v.shape[-1]))  # the kernel wants values as wide as keys
+        return causal_attention(q, k, wide, self.shape, self.scale)[0][..., : v.shape[-1]]
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Mean cross entropies over the targets: of the model, and of its MTP module one token further."""
+class Rows:
+    """Tokens laid end to end, and what the model is to say after each: all [T] but `shape`, int64 (B, L).
 
-    main: torch.Tensor
-    mtp: torch.Tensor
+    `weight` is 1.0 where the target counts; `*_next` are those of the token after the target, for the MTP module.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    shape: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+    target_next: torch.Tensor
+    weight_next: torch.Tensor
+    chosen: torch.Tensor  # int64 [T / 2]: the tokens of every second row, which the MTP module is trained on
+    chosen_shape: torch.Tensor
+
+
+def pack(ids: torch.Tensor, mask: torch.Tensor, n_tokens: int) -> Rows:
+    """`ids` [B, L] with `mask` (target or not) as Rows, filled up to `n_tokens`, so that all steps have one shape."""
+    n_rows, length = ids.shape
+    mask = mask.float()
+    index = torch.arange(n_rows * length).view(n_rows, length)
+
+    def flat(t: torch.Tensor, ahead: int, n: int = n_tokens) -> torch.Tensor:
+        moved = F.pad(t[:, ahead:], (0, ahead)).flatten()
+        return F.pad(moved, (0, n - len(moved)))
+
+    return Rows(
+        ids=flat(ids, 0),
+        positions=flat(torch.arange(length).expand(n_rows, length), 0),
+        shape=torch.tensor([n_rows, length]),
+        target=flat(ids, 1),
+        weight=flat(mask, 1),
+        target_next=flat(ids, 2),
+        weight_next=flat(mask, 2),
+        chosen=flat(index[: (n_rows + 1) // 2], 0, n_tokens // 2),
+        chosen_shape=torch.tensor([(n_rows + 1) // 2, length]),
+    )
 
 
 class Trainee(nn.Module):
@@ -296,26 +398,25 @@ class Trainee(nn.Module):
         self.config, self.parts = config, TrainParts(config, seed)
         self.model = Transformer(config, self.parts, torch.float32, mtp_layers=config.n_mtp_layers)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both losses of ids int64 [B, L]; `mask` is 1.0 where a token is a target."""
-        context = PackedContext(self.config, *ids.shape)
-        states = self.model(ids.flatten(), context).unflatten(0, ids.shape)
-        main = masked_loss(self.model.head(states[:, :-1]), ids[:, 1:], mask[:, 1:])
-        return main, self._mtp_loss(states[::2], ids[::2], mask[::2])
+    def forward(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross entropies over the targets: the model's, and its MTP module's one token further."""
+        states = self.model(rows.ids, PackedContext(self.config, rows.positions, rows.shape))
+        main = masked_loss(self.model.head(states), rows.target, rows.weight)
+        return main, self._mtp_loss(states, rows)
 
-    def _mtp_loss(self, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Of every second sequence only: the module learns from half as well, and costs half."""
-        context = PackedContext(self.config, *ids.shape)
-        following = F.pad(ids[:, 1:], (0, 1))
+    def _mtp_loss(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Of every second sequence only: half the examples at half the cost."""
+        chosen = rows.chosen
+        context = PackedContext(self.config, rows.positions[chosen], rows.chosen_shape)
         angles = self.model.rope(context.positions)
-        logits = self.model.mtp[0](states.flatten(0, 1), following.flatten(), angles, context)
-        return masked_loss(logits.unflatten(0, ids.shape)[:, :-2], ids[:, 2:], mask[:, 2:])
+        logits = self.model.mtp[0](states[chosen], rows.target[chosen], angles, context)
+        return masked_loss(logits, rows.target_next[chosen], rows.weight_next[chosen])
 
 
 def masked_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy where `mask` is 1.0."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return (losses * mask.flatten()).sum() / mask.sum().clamp(min=1.0)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return (losses * mask).sum() / mask.sum().clamp(min=1.0)
 
 
 def nano_config() -> ModelConfig:
