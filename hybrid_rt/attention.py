@@ -37,12 +37,12 @@ class MLA(nn.Module):
         self.low_rank_queries = config.q_lora_rank > 0
         if self.low_rank_queries:
             self.wq_a = parts.linear(f"{prefix}.wq_a")
-            self.q_norm = RMSNorm(parts.tensor(f"{prefix}.q_norm"), LATENT_NORM_EPS)
+            self.q_norm = RMSNorm(parts.tensor(f"{prefix}.q_norm", torch.float32), LATENT_NORM_EPS)
             self.wq_b = parts.linear(f"{prefix}.wq_b")
         else:
             self.wq = parts.linear(f"{prefix}.wq")
         self.wkv_a = parts.linear(f"{prefix}.wkv_a")
-        self.kv_norm = RMSNorm(parts.tensor(f"{prefix}.kv_norm"), LATENT_NORM_EPS)
+        self.kv_norm = RMSNorm(parts.tensor(f"{prefix}.kv_norm", torch.float32), LATENT_NORM_EPS)
         self.wkv_b = parts.tensor(f"{prefix}.wkv_b")
         self.wo = parts.linear(f"{prefix}.wo")
 

@@ -20,9 +20,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, parts: Parts) -> None:
         super().__init__()
         prefix = f"layers.{layer}"
-        self.attn_norm = RMSNorm(parts.tensor(f"{prefix}.attn_norm"), config.norm_eps)
+        self.attn_norm = RMSNorm(parts.tensor(f"{prefix}.attn_norm", torch.float32), config.norm_eps)
         self.attn = MLA(config, layer, parts)
-        self.ffn_norm = RMSNorm(parts.tensor(f"{prefix}.ffn_norm"), config.norm_eps)
+        self.ffn_norm = RMSNorm(parts.tensor(f"{prefix}.ffn_norm", torch.float32), config.norm_eps)
         self.ffn = MoE(config, layer, parts) if config.is_moe(layer) else MLP(f"{prefix}.ffn", parts)
 
     def forward(self, x: torch.Tensor, angles: Angles, context: AttentionContext) -> torch.Tensor:
@@ -37,11 +37,11 @@ class MTP(nn.Module):
         super().__init__()
         prefix = f"layers.{layer}"
         self.embed = parts.embedding(f"{prefix}.embed")
-        self.enorm = RMSNorm(parts.tensor(f"{prefix}.enorm"), config.norm_eps)
-        self.hnorm = RMSNorm(parts.tensor(f"{prefix}.hnorm"), config.norm_eps)
+        self.enorm = RMSNorm(parts.tensor(f"{prefix}.enorm", torch.float32), config.norm_eps)
+        self.hnorm = RMSNorm(parts.tensor(f"{prefix}.hnorm", torch.float32), config.norm_eps)
         self.eh_proj = parts.linear(f"{prefix}.eh_proj")
         self.block = Block(config, layer, parts)
-        self.norm = RMSNorm(parts.tensor(f"{prefix}.shared_head.norm"), config.norm_eps)
+        self.norm = RMSNorm(parts.tensor(f"{prefix}.shared_head.norm", torch.float32), config.norm_eps)
         self.head = parts.linear(f"{prefix}.shared_head.head")
 
     def forward(
@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         self.rope = Rope(config)
         self.embed = parts.embedding("embed")
         self.layers = nn.ModuleList(Block(config, layer, parts) for layer in range(config.n_layers))
-        self.norm = RMSNorm(parts.tensor("norm"), config.norm_eps)
+        self.norm = RMSNorm(parts.tensor("norm", torch.float32), config.norm_eps)
         self.head = parts.linear("head")
         extra = range(config.n_layers, config.n_layers + mtp_layers)
         self.mtp = nn.ModuleList(MTP(config, layer, parts) for layer in extra)

@@ -3,6 +3,7 @@
 Opening reads headers only. Weights are views of the mapped files.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -63,7 +64,7 @@ class Checkpoint:
         return sum(shard.nbytes for shard in self.shards)
 
     def weight(self, name: str) -> QuantTensor:
-        """The tensor of our `name`, as a view of the mapped file. Raises KeyError if the model has none of this name."""
+        """The tensor of our `name`, as a view of the mapped file. Raises KeyError for a name without a tensor."""
         spec = self.inventory.by_name[name]
         shard = self._where[spec.source]
         fmt = FORMAT_OF_DTYPE[shard.spec(spec.source).dtype]
@@ -133,10 +134,10 @@ def _check_unlisted(shards: Mapping[str, SafetensorsFile], weight_map: Mapping[s
 
 def _present_mtp_layers(config: ModelConfig, where: Where) -> int:
     """How many MTP layers the files hold; one of which only some tensors are there counts, and is refused later."""
-    wanted = range(config.n_layers, config.n_layers + config.n_mtp_layers)
-    layers = {name.split(".")[2] for name in where if name.startswith("model.layers.")}
-    present = [layer for layer in wanted if str(layer) in layers]
-    return present[-1] - config.n_layers + 1 if present else 0
+    numbers = {name.split(".")[2] for name in where if name.startswith("model.layers.")}
+    layers = [int(number) for number in numbers if re.fullmatch("[0-9]{1,9}", number)]
+    mtp_layers = range(config.n_layers, config.n_layers + config.n_mtp_layers)
+    return max((layer - config.n_layers + 1 for layer in layers if layer in mtp_layers), default=0)
 
 
 def _check_tensors(inventory: Inventory, where: Where, folder: Path) -> None:
@@ -144,7 +145,8 @@ def _check_tensors(inventory: Inventory, where: Where, folder: Path) -> None:
     missing = [spec.source for spec in inventory.tensors if spec.source not in where]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}; download the model again"
+            f"{folder} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}; "
+            "download the model again"
         )
     for spec in inventory.tensors:
         _check_tensor(spec, where)
@@ -157,8 +159,8 @@ def _check_tensor(spec: TensorSpec, where: Where) -> None:
     stored = shard.spec(spec.source)
     if stored.shape != spec.shape:
         raise CheckpointError(
-            f"{shard.path}: tensor {spec.source!r} has the shape {stored.shape}, and config.json asks for {spec.shape}; "
-            "download config.json and this file again"
+            f"{shard.path}: tensor {spec.source!r} has the shape {stored.shape}, and config.json asks for {spec.shape}"
+            "; download config.json and this file again"
         )
     fmt = FORMAT_OF_DTYPE.get(stored.dtype)
     if fmt is None or fmt.name not in spec.representations:

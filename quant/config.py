@@ -5,6 +5,7 @@ have no default; values this runtime does not implement are refused before a wei
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def load_config(folder: Path) -> ModelConfig:
             f"{folder} has no config.json, so it is not a model folder; give the folder that holds config.json "
             "and the safetensors files"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); download the file again") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} is not a JSON object; download the file again")
@@ -152,8 +153,8 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         yarn=_parse_yarn(fields.get("rope_scaling")),
         n_mtp_layers=_count(fields, "num_nextn_predict_layers", least=0) if "num_nextn_predict_layers" in fields else 0,
         fp8=_parse_quantization(fields.get("quantization_config")),
-        bos_token_id=fields.get("bos_token_id"),
-        eos_token_ids=_token_ids(fields.get("eos_token_id")),
+        bos_token_id=next(iter(_token_ids(fields, "bos_token_id")), None),
+        eos_token_ids=_token_ids(fields, "eos_token_id"),
     )
     _check_shapes(config)
     return config
@@ -174,7 +175,7 @@ def _count(fields: Mapping[str, Any], key: str, least: int = 1) -> int:
 
 def _number(fields: Mapping[str, Any], key: str) -> float:
     value = _require(fields, key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"{key} is {value!r}; it must be a positive number")
     return float(value)
 
@@ -186,10 +187,11 @@ def _flag(fields: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise ConfigError(f"eos_token_id is {value!r}; it must be a token id or a list of them")
+def _token_ids(fields: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = fields.get(key)
+    ids = value if isinstance(value, list) and key == "eos_token_id" else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ConfigError(f"{key} is {value!r}; it must be a token id{' or a list of them' * (key == 'eos_token_id')}")
     return tuple(ids)
 
 
@@ -230,12 +232,18 @@ def _check_shapes(config: ModelConfig) -> None:
     """Refuse counts that contradict each other, so that no later step has to."""
     per_group, rest = divmod(config.n_routed_experts, config.n_expert_groups)
     if rest or per_group < 2 and config.n_expert_groups > 1:
-        raise ConfigError(f"{config.n_routed_experts} routed experts cannot form n_group={config.n_expert_groups} groups")
+        raise ConfigError(
+            f"{config.n_routed_experts} routed experts cannot form n_group={config.n_expert_groups} groups"
+        )
     if config.n_limited_groups > config.n_expert_groups:
         raise ConfigError(f"topk_group={config.n_limited_groups} is more than n_group={config.n_expert_groups}")
     if config.n_activated_experts > per_group * config.n_limited_groups:
-        raise ConfigError(f"num_experts_per_tok={config.n_activated_experts} is more than the experts of topk_group groups")
+        raise ConfigError(
+            f"num_experts_per_tok={config.n_activated_experts} is more than the experts of topk_group groups"
+        )
     if config.n_dense_layers > config.n_layers:
-        raise ConfigError(f"first_k_dense_replace={config.n_dense_layers} is more than num_hidden_layers={config.n_layers}")
+        raise ConfigError(
+            f"first_k_dense_replace={config.n_dense_layers} is more than num_hidden_layers={config.n_layers}"
+        )
     if config.qk_rope_head_dim % 2:
         raise ConfigError(f"qk_rope_head_dim={config.qk_rope_head_dim} is odd; rope rotates pairs")

@@ -6,9 +6,11 @@ Everything here follows from config.json; no file is touched. Shape letters: D d
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import ceil, prod
 from typing import Literal, NamedTuple
 
 from quant.config import ModelConfig
+from quant.errors import ConfigError
 from quant.names import NAMES, fill
 
 Component = Literal["embed", "attention", "dense", "router", "routed_expert", "shared_expert", "norm", "head", "mtp"]
@@ -16,6 +18,8 @@ Shape = tuple[int, ...]
 
 FP8_MODEL_LINEAR = ("fp8_block", "bf16")
 PLAIN = ("bf16", "f32")
+MAX_EXPERTS = 2**18  # over all layers; ten times the largest model's, so a damaged config.json cannot fill memory
+MAX_LAYERS = 2**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +41,7 @@ class TensorSpec:
 
     @property
     def parameters(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Inventory:
 
     @staticmethod
     def of(config: ModelConfig) -> "Inventory":
-        """The tensors of the model that `config` describes, MTP layers included."""
+        """The tensors of the model of `config`, MTP layers included. Raises ConfigError for absurd counts."""
         return _inventory(config)
 
     @cached_property
@@ -98,7 +99,7 @@ def cache_bytes(config: ModelConfig, tokens: int, bytes_per_value: float) -> int
 
     `bytes_per_value` may count a share of scales: 656 / 576 for 8-bit latents. MTP layers are left out.
     """
-    return -int(-tokens * config.n_layers * config.latent_dim * bytes_per_value // 1)
+    return ceil(tokens * config.n_layers * config.latent_dim * bytes_per_value)
 
 
 class _Row(NamedTuple):
@@ -112,12 +113,22 @@ class _Row(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _inventory(config: ModelConfig) -> Inventory:
+    _check_counts(config)
     top = (config.vocab_size, config.dim)
     specs = [_spec(_Row("embed", "embed", top))]
     for layer in range(config.n_layers + config.n_mtp_layers):
         specs += _layer_specs(config, layer)
     specs += [_spec(_Row("norm", "norm", (config.dim,))), _spec(_Row("head", "head", top))]
     return Inventory(config, tuple(specs))
+
+
+def _check_counts(config: ModelConfig) -> None:
+    layers = config.n_layers + config.n_mtp_layers
+    if layers > MAX_LAYERS or layers * config.n_routed_experts > MAX_EXPERTS:
+        raise ConfigError(
+            f"num_hidden_layers and num_nextn_predict_layers ({layers} together) with n_routed_experts="
+            f"{config.n_routed_experts} are beyond any model; download config.json again"
+        )
 
 
 def _layer_specs(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:

@@ -62,9 +62,10 @@ def our_name(source: str) -> str:
 
 def _rename(name: str, table: dict[str, str]) -> str:
     renamed = table.get(_NUMBER.sub("#", name))
-    if renamed is None:
+    if renamed is None or "#" in name:
         raise CheckpointError(
-            f"tensor {name!r} is not part of the DeepSeek-V3 architecture; give a checkpoint of DeepSeek-V3, R1 or a relative"
+            f"tensor {name!r} is not part of the DeepSeek-V3 architecture; "
+            "give a checkpoint of DeepSeek-V3, R1 or a relative"
         )
     return fill(renamed, *_NUMBER.findall(name))
 

@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +153,7 @@ def parse_json_object(text: bytes) -> dict[str, Any]:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(value, dict):
+    if type(value) is not dict:
         raise ValueError("it is not a JSON object")
     return value
 
@@ -160,8 +161,7 @@ def parse_json_object(text: bytes) -> dict[str, Any]:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"{twice!r} stands twice")
     return fields
 

@@ -1,0 +1,1 @@
+"""The `dsr1` command."""

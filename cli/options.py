@@ -1,0 +1,64 @@
+"""The options that commands share, declared once: name, type, default and help."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the user asked of `dsr1 run` or `dsr1 chat`; None means the model's or the program's default."""
+
+    model: Annotated[str, typer.Argument(help="Model folder, downloaded Hub id, or built-in name.")] = "nano-r1"
+    gpu_mem: Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory to use; 24G means 24 GiB.")] = None
+    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM that dsr1 may use for its buffers.")] = None
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens a conversation may hold. Default: 32768 or the model's maximum."),
+    ] = None
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Stop after N tokens. Default: the context's end.")
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", min=0.0, help="0 takes the likeliest token. Default: the model's.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", min=0.0, max=1.0, help="Nucleus sampling. Default: the model's.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="The same seed gives the same tokens.")] = None
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="Make the model think first, or answer at once.")
+    ] = None
+    think_budget: Annotated[int | None, typer.Option(metavar="N", min=0, help="Close the thinking after N tokens.")] = (
+        None
+    )
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto or cpu.")] = "auto"
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+
+def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(options, **own)` a signature of RunOptions' fields and its own parameters, for typer to read."""
+    own = list(inspect.signature(command).parameters.values())[1:]
+    hints = get_type_hints(RunOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(RunOptions)
+        if f.default is not MISSING
+    ]
+
+    @wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        options = RunOptions(**{f.name: arguments.pop(f.name) for f in fields(RunOptions)})
+        command(options, **arguments)
+
+    wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        shared + [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    )
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*shared, *own]}
+    return wrapper
