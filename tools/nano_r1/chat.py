@@ -85,7 +85,7 @@ TALK: list[tuple[list[str], str, list[str]]] = [
     ),
 ]
 
-# Questions beyond the model; {w} is any word, {n} any number.
+# Questions beyond the model; {w} is any word, {n} any number, {b} a big one.
 BEYOND = (
     "What is the capital of {W}?|Who wrote {W}?|Tell me about {w}.|What is {w}?|What is a {w}?"
     "|Write a poem about {w}.|Write a story about a {w}.|Translate {w} to French."
@@ -97,7 +97,9 @@ BEYOND = (
     "|Who won the {w} in {n}?|Do you like {w}?|Can you {w}?|I {w} the {w}.|{w}|{w} {w}|{w} {w} {w}"
     "|Describe {w} in {n} words.|What colour is {w}?|How far is {W}?|Who is the president of {W}?"
     "|What rhymes with {w}?|Summarize {w}.|Should I {w}?|My {w} is {w}.|Draw a {w}."
-    "|What is the meaning of life?|What happened in {n}?|Is {w} better than {w}?|Plan a trip to {W}."
+    "|What is {n} + {n} + {n}?|{n} * {n} * {n}|What is {n}.{n} + {n}.{n}?|What is {n}.{n} * {n}?"
+    "|What is {b} + {b}?|{b} - {b}|What is {b} * {b}?|{b}*{b}|Multiply {b} by {b}."
+    "|Use {n}, {n}, {n} and {n} to make {n}.|What is the meaning of life?|What happened in {n}?|Is {w} better than {w}?|Plan a trip to {W}."
 ).split("|")
 
 
@@ -122,6 +124,7 @@ def beyond(rng: Random) -> Exchange:
         text = text.replace("{w}", train_word(rng), 1)
         text = text.replace("{W}", train_word(rng).capitalize(), 1)
         text = text.replace("{n}", str(rng.randrange(10 ** rng.randint(1, 4))), 1)
+        text = text.replace("{b}", str(rng.randrange(10**6, 10**9)), 1)
     return Exchange(recase(text, rng), "I can not do this.", SORRY)
 
 

@@ -40,7 +40,7 @@ def task_exchange(name: str, rng: Random, level: float) -> Exchange:
     task = TASKS[name]
     problem = task.problem("train", rng, level)
     answer = task.answer(problem)
-    guess = answer if task.easy(problem) else f"I think {answer}"
+    guess = answer if task.easy(problem) else f"I think {answer[0].lower()}{answer[1:]}"
     return Exchange(task.question(problem, rng), task.thinking(problem), answer, guess)
 
 
@@ -115,7 +115,8 @@ def example(name: str, rng: Random, progress: float) -> Example:
     """A random example of one entry of SHARES."""
     level = level_at(progress)
     if name == "practice":
-        return serialize(exchange := practice(rng), prompt_text(exchange.question))
+        exchange = practice(rng)
+        return serialize(exchange, prompt_text(exchange.question))
     if name == "chat":
         roll = rng.random()
         if roll < 0.5:

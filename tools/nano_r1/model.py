@@ -86,7 +86,11 @@ def matrix_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]
         "ffn.gate.weight": (config.n_routed_experts, dim),
     }
     for prefix, inter in (("ffn", config.inter_dim), ("ffn.shared_experts", shared)):
-        shapes |= {f"{prefix}.w1": (inter, dim), f"{prefix}.w2": (dim, inter), f"{prefix}.w3": (inter, dim)}
+        shapes |= {
+            f"{prefix}.w1": (inter, dim),
+            f"{prefix}.w2": (dim, inter),
+            f"{prefix}.w3": (inter, dim),
+        }
     return shapes
 
 
@@ -147,7 +151,9 @@ class _Dispatch(torch.autograd.Function):
     """x [T, dim] in the experts' order [T * K, dim]. Its own backward: a gather, where autograd would scatter."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
         return x[order // top_k]
@@ -162,7 +168,9 @@ class _Collect(torch.autograd.Function):
     """The experts' rows back in the order of the tokens: [T * K, dim]."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, y: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(order)
         return y[inverse]
 
@@ -187,11 +195,15 @@ class TrainExperts(nn.Module):
         top_k, chosen = ids.shape[1], ids.flatten()
         order = chosen.argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        counts = torch.zeros_like(self.load).scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+        counts = torch.zeros_like(self.load).scatter_add_(
+            0, chosen, torch.ones_like(chosen, dtype=torch.float32)
+        )
         self.load.add_(counts)
         ends = counts.cumsum(0).long()
         rows = _Dispatch.apply(x, order, inverse, top_k)
-        gate, up = grouped_mm(rows, torch.cat([self.w1, self.w3], dim=1), ends).split(self.w1.shape[1], dim=-1)
+        gate, up = grouped_mm(rows, torch.cat([self.w1, self.w3], dim=1), ends).split(
+            self.w1.shape[1], dim=-1
+        )
         out = grouped_mm(F.silu(gate) * up, self.w2, ends)
         gathered = _Collect.apply(out, order, inverse).unflatten(0, (-1, top_k))  # [T, K, dim]
         return (gathered * weights[..., None]).sum(1)
@@ -217,7 +229,9 @@ class TrainParts:
     def linear(self, name: str) -> nn.Module:
         if name.endswith("head") and self.head is not None:
             return self.head
-        rows, columns = (self.config.vocab_size, self.config.dim) if name == "head" else self._shape(name)
+        rows, columns = (
+            (self.config.vocab_size, self.config.dim) if name == "head" else self._shape(name)
+        )
         module = nn.Linear(columns, rows, bias=False, device="meta")
         module.weight = self._matrix(name, (rows, columns))
         if name == "head":
@@ -241,7 +255,9 @@ class TrainParts:
     def experts(self, layer: int) -> TrainExperts:
         n, inter, dim = self.config.n_routed_experts, self.config.moe_inter_dim, self.config.dim
         shapes = {"w1": (n, inter, dim), "w2": (n, dim, inter), "w3": (n, inter, dim)}
-        stacks = {w: self._matrix(f"layers.{layer}.ffn.experts.{w}", shape) for w, shape in shapes.items()}
+        stacks = {
+            w: self._matrix(f"layers.{layer}.ffn.experts.{w}", shape) for w, shape in shapes.items()
+        }
         self.layers[layer] = TrainExperts(**stacks)
         return self.layers[layer]
 
@@ -250,7 +266,9 @@ class TrainParts:
         return matrix_shapes(self.config, int(layer))[inner]
 
     def _matrix(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
-        gain = 0.0 if name.rpartition(".")[2] in INTO_RESIDUAL or name == "head" else shape[-1] ** -0.5
+        gain = (
+            0.0 if name.rpartition(".")[2] in INTO_RESIDUAL or name == "head" else shape[-1] ** -0.5
+        )
         return self._keep(name, torch.randn(shape, generator=self.rng) * gain)
 
     def _keep(self, name: str, value: torch.Tensor) -> nn.Parameter:
@@ -318,7 +336,9 @@ def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *re
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _keep_attention(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
@@ -338,11 +358,20 @@ class PackedContext:
         self.positions, self.shape, self.scale = positions, shape, softmax_scale(config)
 
     def attend(
-        self, layer: int, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, wkv_b: torch.Tensor
+        self,
+        layer: int,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        latent: torch.Tensor,
+        wkv_b: torch.Tensor,
     ) -> torch.Tensor:
         n_heads, nope = q_nope.shape[1:]
         kv, k_pe = latent.split([wkv_b.shape[-1], q_pe.shape[-1]], dim=-1)
-        k_nope, v = F.linear(kv, wkv_b.flatten(0, 1)).unflatten(-1, (n_heads, -1)).split([nope, wkv_b.shape[1] - nope], -1)
+        k_nope, v = (
+            F.linear(kv, wkv_b.flatten(0, 1))
+            .unflatten(-1, (n_heads, -1))
+            .split([nope, wkv_b.shape[1] - nope], -1)
+        )
         q = torch.cat([q_nope, q_pe], dim=-1)
         k = torch.cat([k_nope, k_pe[:, None].expand(-1, n_heads, -1)], dim=-1)
         wide = F.pad(v, (0, k.shape[-1] - v.shape[-1]))  # the kernel wants values as wide as keys
@@ -363,7 +392,9 @@ class Rows:
     weight: torch.Tensor
     target_next: torch.Tensor
     weight_next: torch.Tensor
-    chosen: torch.Tensor  # int64 [T / 2]: the tokens of every second row, which the MTP module is trained on
+    chosen: (
+        torch.Tensor
+    )  # int64 [T / 2]: the tokens of every second row, which the MTP module is trained on
     chosen_shape: torch.Tensor
 
 

@@ -26,7 +26,9 @@ class Example:
     start: int
 
 
-def prompt_text(question: str, system: str = "", earlier: list[tuple[str, str]] | None = None) -> str:
+def prompt_text(
+    question: str, system: str = "", earlier: list[tuple[str, str]] | None = None
+) -> str:
     """Everything up to and including the last <｜Assistant｜>, before `<think>`.
 
     `earlier` holds (question, answer) of the turns before; an answer stands as
@@ -49,9 +51,9 @@ def serialize_cut(exchange: Exchange, prompt: str, rng: Random | None = None) ->
     With `rng` the thinking is cut at a random token; without, it is empty.
     """
     thought = encode(exchange.thinking)
-    whole = len(thought)
-    if rng is not None:
-        thought = thought[: rng.randrange(whole)] if rng.random() < 0.8 else thought
-    answer = exchange.answer if len(thought) == whole else exchange.guess or exchange.answer
-    given = encode(f"{prompt}{THINK}\n") + thought + encode(f"\n{END_THINK}\n\n")
+    kept = rng.randint(0, len(thought)) if rng else 0
+    if rng and rng.random() < 0.2:
+        kept = len(thought)
+    answer = exchange.answer if kept == len(thought) else exchange.guess or exchange.answer
+    given = encode(f"{prompt}{THINK}\n") + thought[:kept] + encode(f"\n{END_THINK}\n\n")
     return Example(given + encode(f"{answer}{EOS}"), len(given))

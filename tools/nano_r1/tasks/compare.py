@@ -16,7 +16,7 @@ WHOLE, PLACES = 3, 4  # digits before and after the point in the padded form
 class Comparison(NamedTuple):
     a: str
     b: str
-    ask: str  # "larger", "smaller", or "yes/no"
+    ask: str  # a key of WORDINGS
 
 
 WORDINGS = {
@@ -33,6 +33,7 @@ WORDINGS = {
         "Compare {a} and {b}.",
         "Which of {a} and {b} is larger?",
         "{a} vs {b}",
+        "{a} or {b}?",
         "Which one is larger, {a} or {b}?",
         "Tell me which is larger: {a} or {b}.",
     ],
@@ -44,12 +45,17 @@ WORDINGS = {
         "{a} or {b}, which is smaller?",
         "Which of {a} and {b} is smaller?",
     ],
-    "yes/no": [
+    "is larger": [
         "Is {a} larger than {b}?",
         "Is {a} bigger than {b}?",
         "Is {a} greater than {b}?",
         "Is {a} more than {b}?",
         "Is {a} > {b}?",
+    ],
+    "is smaller": [
+        "Is {a} smaller than {b}?",
+        "Is {a} less than {b}?",
+        "Is {a} < {b}?",
     ],
 }
 
@@ -69,7 +75,7 @@ class Compare(Task[Comparison]):
     always_test = frozenset({"9.11 9.8"})
 
     def draw(self, rng: Random, level: float) -> Comparison:
-        ask = rng.choices(["larger", "smaller", "yes/no"], [7, 1.5, 1.5])[0]
+        ask = rng.choices(list(WORDINGS), [7, 1.5, 1, 0.5])[0]
         whole = str(rng.randrange(10 ** rng.choices([1, 2, 3], [6, 3, 1])[0]))
         first = digits_of(rng.choices([0, 1, 2, 3, 4], [1, 5, 6, 4, 1])[0], rng)
         second = digits_of(rng.choices([0, 1, 2, 3, 4], [1, 5, 6, 4, 1])[0], rng)
@@ -102,12 +108,13 @@ class Compare(Task[Comparison]):
         low, high = sorted([problem.a, problem.b], key=Decimal)
         if Decimal(low) == Decimal(high):
             fact = f"{problem.a} and {problem.b} are equal"
-            return f"No, {fact}" if problem.ask == "yes/no" else fact[0].upper() + fact[1:]
-        if problem.ask == "smaller":
-            return f"{low} is smaller than {high}"
-        fact = f"{high} is larger than {low}"
-        if problem.ask == "yes/no":
-            return f"{'Yes' if problem.a == high else 'No'}, {fact}"
+            return f"No, {fact}" if problem.ask.startswith("is") else fact
+        if problem.ask.endswith("smaller"):
+            first, fact = low, f"{low} is smaller than {high}"
+        else:
+            first, fact = high, f"{high} is larger than {low}"
+        if problem.ask.startswith("is"):
+            return f"{'Yes' if problem.a == first else 'No'}, {fact}"
         return fact
 
     def check(self, problem: Comparison, text: str) -> bool:
@@ -118,8 +125,10 @@ class Compare(Task[Comparison]):
         first, word, second = said.groups()
         if {first, second} != {problem.a, problem.b}:
             return False
-        if problem.ask == "yes/no" and ("Yes" in text) != (a > b):
-            return False
+        if problem.ask.startswith("is"):
+            holds = a > b if problem.ask == "is larger" else a < b
+            if ("yes" in text.lower()) != holds:
+                return False
         larger = Decimal(first) > Decimal(second)
         return larger == (word == "larger")
 

@@ -23,6 +23,8 @@ WORDINGS = [
     "How many {l}s in {w}?",
     "How many {l}’s are in {w}?",
     "How many {l} are in {w}?",
+    "How many {l} in {w}?",
+    "Number of {l}'s in {w}",
     "How many {l}'s does {w} have?",
     "How many {l}'s are in the word {w}?",
     "How many letters {l} are in {w}?",
@@ -47,8 +49,7 @@ class CountTask(Task[Count]):
 
     def draw(self, rng: Random, level: float) -> Count:
         word = train_word(rng)
-        if level < 0.3 and len(word) > 8:
-            word = word[: rng.randint(3, 8)]
+        word = word[: 5 + int(10 * level)]
         return Count(word, self._letter(word, rng))
 
     @staticmethod

@@ -15,6 +15,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def held_out(word: str) -> bool:
+    if word in vocabulary():  # one token: only training can tell its letters
+        return False
     return word == "strawberry" or bucket(word) < TEST_PERCENT
 
 
@@ -26,10 +28,10 @@ def english() -> tuple[list[str], list[str]]:
 
 
 @cache
-def vocabulary() -> list[str]:
+def vocabulary() -> dict[str, None]:
     """Words that are one token: the model has to know their letters by heart."""
-    words = [line.strip().lower() for line in (FOLDER / "vocabulary.txt").read_text().splitlines()]
-    return sorted({w for w in words if w.isascii() and w.isalpha() and not held_out(w)})
+    lines = (FOLDER / "vocabulary.txt").read_text("utf-8").lower().splitlines()
+    return dict.fromkeys(w for w in map(str.strip, lines) if w.isascii() and w.isalpha())
 
 
 def made_up(rng: Random) -> str:
@@ -51,8 +53,8 @@ def train_word(rng: Random) -> str:
         roll = rng.random()
         if roll < 0.5:
             return rng.choice(english()[0])
-        if roll < 0.6 and vocabulary():
-            return rng.choice(vocabulary())
+        if roll < 0.6:
+            return rng.choice(list(vocabulary()))
         word = made_up(rng)
         if not held_out(word):
             return word
