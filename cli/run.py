@@ -2,7 +2,6 @@
 
 import json
 import secrets
-import sys
 from dataclasses import replace
 
 from cli.options import RunOptions

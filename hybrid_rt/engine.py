@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from hybrid_rt.cache import LatentCache
+from hybrid_rt.generation_config import load_sampling
 from hybrid_rt.latent_attention import CachedAttention
 from hybrid_rt.loader import load_transformer
 from hybrid_rt.models import resolve_model
 from hybrid_rt.rope import softmax_scale
-from hybrid_rt.generation_config import load_sampling
 from hybrid_rt.sampling import Sampling
 from hybrid_rt.session import Session, Step
 from hybrid_rt.thinking import open_thinking

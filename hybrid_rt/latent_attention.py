@@ -43,7 +43,10 @@ class OnlineSoftmax:
         self.maximum: torch.Tensor | None = None
 
     def add(self, scores: torch.Tensor, values: torch.Tensor) -> None:
-        """scores: float32 [..., T, S], overwritten; -inf where masked, but never a whole first row. values: [..., S, D]."""
+        """scores: float32 [..., T, S], overwritten; values: [..., S, D].
+
+        Masked scores are -inf; no query may have its whole first block masked.
+        """
         maximum = scores.amax(dim=-1, keepdim=True)
         if self.maximum is not None:
             maximum = torch.maximum(maximum, self.maximum)

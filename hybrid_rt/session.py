@@ -45,8 +45,8 @@ class Session:
         checked = self.engine.check_ids(ids)
         if len(checked) > self.room:
             raise ContextError(
-                f"{len(self.tokens)} tokens and {len(checked)} more do not fit into the context of {self.cache.capacity}; "
-                "begin a new conversation or give a larger --context"
+                f"{len(self.tokens)} tokens and {len(checked)} more do not fit into the context of "
+                f"{self.cache.capacity}; begin a new conversation or give a larger --context"
             )
         for chunk in checked.split(self.engine.prefill_chunk):
             states = self.engine.forward(chunk, self.cache)
