@@ -25,8 +25,8 @@ class Sampling:
     """How to generate. The defaults are those of DeepSeek-R1 (generation_config.json).
 
     `temperature` 0 always takes the most likely token; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `max_new_tokens`
-    None runs until the model ends or the context is full. `seed` None draws one (see `Sampler.seed`). The output ends
-    before any of the `stop` strings. After `think_budget` tokens of thinking the runtime closes it.
+    None runs until the model ends or the context is full. `seed` None draws one (see `Sampler.seed`). After
+    `think_budget` tokens of thinking the runtime closes it.
     Raises SamplingError for values out of range.
     """
 
@@ -36,7 +36,6 @@ class Sampling:
     min_p: float = 0.0
     max_new_tokens: int | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
     think_budget: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,8 +61,6 @@ class Sampling:
             self.think_budget,
             "a whole number of tokens, or None for no limit",
         )
-        is_texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
-        _check(is_texts, "stop", self.stop, "a tuple of texts that are not empty")
 
 
 class Sampler:

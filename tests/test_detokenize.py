@@ -8,7 +8,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from hybrid_rt.detokenize import CHAR_BYTES, Detokenizer
 from hybrid_rt.tokenizer import Tokenizer
-from tests.test_tokenizer import r1, r1_folder  # noqa: F401
 
 TEXT = "a é 你好，世界 🙂👩‍👩‍👧 x"
 
@@ -80,7 +79,7 @@ def test_flush_starts_anew():
     assert (detokenizer.flush(), detokenizer.flush(), detokenizer.feed(0x61)) == ("\ufffd", "", "a")
 
 
-def test_r1_random_ids(r1):  # noqa: F811
+def test_r1_random_ids(r1):
     @given(st.lists(st.integers(0, r1.vocab_size - 1) | st.integers(0, 260), max_size=40))
     @settings(deadline=None)
     def check(ids):
@@ -89,7 +88,7 @@ def test_r1_random_ids(r1):  # noqa: F811
     check()
 
 
-def test_r1_text(r1):  # noqa: F811
+def test_r1_text(r1):
     pieces = stream(r1, r1.encode(TEXT))
     assert "".join(pieces) == TEXT
     assert not any("\ufffd" in piece for piece in pieces)

@@ -174,8 +174,6 @@ def test_other_types(dtype):
         ("seed", -1),
         ("seed", 2**63),
         ("think_budget", -1),
-        ("stop", "###"),
-        ("stop", ("",)),
     ],
 )
 def test_refused_options(name, value):

