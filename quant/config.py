@@ -153,8 +153,8 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         yarn=_parse_yarn(fields.get("rope_scaling")),
         n_mtp_layers=_count(fields, "num_nextn_predict_layers", least=0) if "num_nextn_predict_layers" in fields else 0,
         fp8=_parse_quantization(fields.get("quantization_config")),
-        bos_token_id=next(iter(_token_ids(fields, "bos_token_id")), None),
-        eos_token_ids=_token_ids(fields, "eos_token_id"),
+        bos_token_id=_token_id(fields, "bos_token_id"),
+        eos_token_ids=_token_ids(fields.get("eos_token_id")),
     )
     _check_shapes(config)
     return config
@@ -187,11 +187,17 @@ def _flag(fields: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def _token_ids(fields: Mapping[str, Any], key: str) -> tuple[int, ...]:
+def _token_id(fields: Mapping[str, Any], key: str) -> int | None:
     value = fields.get(key)
-    ids = value if isinstance(value, list) and key == "eos_token_id" else [] if value is None else [value]
+    if value is not None and (type(value) is not int or value < 0):
+        raise ConfigError(f"{key} is {value!r}; it must be a token id")
+    return value
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise ConfigError(f"{key} is {value!r}; it must be a token id{' or a list of them' * (key == 'eos_token_id')}")
+        raise ConfigError(f"eos_token_id is {value!r}; it must be a token id or a list of them")
     return tuple(ids)
 
 

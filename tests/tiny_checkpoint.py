@@ -97,6 +97,28 @@ BF16: Fields = {"quantization_config": None}
 NO_Q_LORA: Fields = {"q_lora_rank": None}
 NO_MTP: Fields = {"num_nextn_predict_layers": None}
 
+R1: Fields = {
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_scaling": {**TINY["rope_scaling"], "original_max_position_embeddings": 4096},
+    "topk_group": 4,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}  # DeepSeek-R1 itself: for sizes only
+
 EMBED_GAIN = 1.0
 RESIDUAL_GAIN = 0.5  # of what a layer adds, so that the stream grows slowly
 BLOCK_SPREAD = 0.4  # unequal blocks, so that a mixed-up scale shows
