@@ -106,9 +106,7 @@ def test_count_spells_the_word():
         head, spelled, times = text.splitlines()
         assert head == f"{word},{letter}"
         assert re.sub(r"\d", "", spelled) == word
-        assert re.findall(r"(.)(\d+)", spelled) == [
-            (letter, str(n + 1)) for n in range(word.count(letter))
-        ]
+        assert re.findall(r"(.)(\d+)", spelled) == [(letter, str(n + 1)) for n in range(word.count(letter))]
         assert int(times) == word.count(letter)
 
 
@@ -194,9 +192,7 @@ def render(folder, messages: list[dict], opens: bool = True) -> str:
 
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     template = jinja2.Environment().from_string(config["chat_template"])
-    return template.render(
-        messages=messages, bos_token=config["bos_token"], add_generation_prompt=opens
-    )
+    return template.render(messages=messages, bos_token=config["bos_token"], add_generation_prompt=opens)
 
 
 def test_chat_template_matches_the_training_format(tmp_path):
@@ -245,7 +241,7 @@ def test_stream_shapes_and_padding():
         assert batch.loss_mask.any(axis=1).all()
         assert not batch.loss_mask[:, 0].any()
         assert not batch.loss_mask[batch.ids == tokenizer.PAD_ID].any()
-        assert 0 <= batch.ids.min() and batch.ids.max() < tokenizer.VOCAB_SIZE
+        assert batch.ids.min() >= 0 and batch.ids.max() < tokenizer.VOCAB_SIZE
     padding = np.mean([np.mean(b.ids == tokenizer.PAD_ID) for b in run])
     assert padding < 0.15
 

@@ -26,9 +26,7 @@ class Example:
     start: int
 
 
-def prompt_text(
-    question: str, system: str = "", earlier: list[tuple[str, str]] | None = None
-) -> str:
+def prompt_text(question: str, system: str = "", earlier: list[tuple[str, str]] | None = None) -> str:
     """Everything up to and including the last <｜Assistant｜>, before `<think>`.
 
     `earlier` holds (question, answer) of the turns before; an answer stands as

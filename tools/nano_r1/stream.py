@@ -12,7 +12,7 @@ from random import Random
 
 import numpy as np
 
-from .mixture import SHARES, example, long_conversation, level_at, share
+from .mixture import SHARES, example, level_at, long_conversation, share
 from .serialize import Example
 from .tokenizer import CONTEXT, PAD_ID
 

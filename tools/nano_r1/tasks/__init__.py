@@ -8,7 +8,5 @@ from .compare import Compare
 from .count import CountTask
 from .countdown import CountdownTask
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in [Add(), Subtract(), Multiply(), Compare(), CountTask(), CountdownTask()]
-}
+_ALL: list[Task] = [Add(), Subtract(), Multiply(), Compare(), CountTask(), CountdownTask()]
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}

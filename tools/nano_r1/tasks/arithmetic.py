@@ -77,7 +77,7 @@ class Arithmetic(Task[Pair]):
 
     def check(self, problem: Pair, text: str) -> bool:
         found = re.search(r"= *(-?\d+)", text)
-        return bool(found) and int(found[1]) == self.result(problem)
+        return found is not None and int(found[1]) == self.result(problem)
 
 
 class Add(Arithmetic):

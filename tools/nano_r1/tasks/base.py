@@ -76,7 +76,8 @@ class Task(ABC, Generic[P]):
 
     def test_set(self, count: int = 1000, seed: int = 0) -> list[P]:
         """`count` distinct problems of the test split, the same for the same seed."""
-        rng, found = Random(f"{self.name} test {seed}"), {}
+        rng = Random(f"{self.name} test {seed}")
+        found: dict[str, P] = {}
         while len(found) < count:
             problem = self.problem("test", rng)
             found.setdefault(self.key(problem), problem)

@@ -89,7 +89,7 @@ class Compare(Task[Comparison]):
             second = (first + "0" * rng.randrange(3))[:PLACES]
         numbers = [f"{whole}.{first}".rstrip("."), f"{other}.{second}".rstrip(".")]
         rng.shuffle(numbers)
-        return Comparison(*numbers, ask)
+        return Comparison(numbers[0], numbers[1], ask)
 
     def canonical(self, problem: Comparison) -> str:
         return " ".join(sorted([problem.a, problem.b]))

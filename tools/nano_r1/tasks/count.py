@@ -102,7 +102,7 @@ class CountTask(Task[Count]):
 
     def check(self, problem: Count, text: str) -> bool:
         said = re.search(r"(\d+) times?", text)
-        return bool(said) and int(said[1]) == problem.word.count(problem.letter)
+        return said is not None and int(said[1]) == problem.word.count(problem.letter)
 
     def easy(self, problem: Count) -> bool:
         return len(problem.word) <= 4

@@ -120,7 +120,7 @@ class CountdownTask(Task[Countdown]):
 
     def draw(self, rng: Random, level: float) -> Countdown:
         largest = LARGEST if level > 0.3 else 9
-        numbers = tuple(rng.randint(1, largest) for _ in range(3))
+        numbers = rng.randint(1, largest), rng.randint(1, largest), rng.randint(1, largest)
         if rng.random() < 0.04:  # mostly without a solution
             return Countdown(numbers, rng.randint(10, 100))
         while True:

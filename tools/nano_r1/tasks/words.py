@@ -38,8 +38,7 @@ def made_up(rng: Random) -> str:
     """A word that no list holds, half of syllables, half of any letters."""
     if rng.random() < 0.5:
         word = "".join(
-            rng.choice(CONSONANTS) * rng.randint(1, 2) + rng.choice(VOWELS)
-            for _ in range(rng.randint(1, 5))
+            rng.choice(CONSONANTS) * rng.randint(1, 2) + rng.choice(VOWELS) for _ in range(rng.randint(1, 5))
         )
     else:
         few = rng.sample(LETTERS, rng.randint(3, 12))
