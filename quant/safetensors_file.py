@@ -180,7 +180,10 @@ def _parse_entry(name: str, entry: Any, path: Path) -> StoredTensor:
         raise damaged(path, f"tensor {name!r} has other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name!r} has the type {dtype!r}; supported are {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the type {str(dtype)[:40]!r}, which this version does not read; "
+            "download the model as it was published"
+        )
     if not _are_counts(shape) or len(shape) > MAX_RANK or math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
         raise damaged(path, f"tensor {name!r} has an impossible shape")
     if not _are_counts(offsets) or len(offsets) != 2:
