@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tools.nano_r1 import tokenizer
 from tools.nano_r1.chat import ABILITIES, chat
-from tools.nano_r1.mixture import SHARES
+from tools.nano_r1.mixture import SHARES, conversation, long_conversation
 from tools.nano_r1.serialize import Exchange, prompt_text, serialize, serialize_cut
 from tools.nano_r1.stream import BLOCK, BUCKETS, batches
 from tools.nano_r1.tasks import TASKS
@@ -217,6 +217,17 @@ def test_serialized_exchange_and_its_targets():
     empty = serialize_cut(exchange, prompt)
     assert tokenizer.decode(empty.ids[: empty.start]) == prompt + "<think>\n\n</think>\n\n"
     assert tokenizer.decode(empty.ids[empty.start : -1]) == "I think 2"
+
+
+def test_earlier_turns_have_no_thinking():
+    rng = Random(9)
+    for length in (2048, 2048, 4096):
+        item = long_conversation(rng, 1.0, length)
+        assert 0.9 * length < len(item.ids) <= length
+        assert item.ids.count(tokenizer.THINK_ID) == item.ids.count(tokenizer.END_THINK_ID) == 1
+    for _ in range(200):
+        item = conversation(rng, 1.0)
+        assert item.ids.count(tokenizer.THINK_ID) == item.ids.count(tokenizer.END_THINK_ID) == 1
 
 
 def test_small_talk_is_answered():

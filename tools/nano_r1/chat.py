@@ -35,7 +35,10 @@ def talk(path: Path = FOLDER / "talk.txt") -> list[tuple[str, str, list[str]]]:
 
 @cache
 def beyond_wordings() -> list[str]:
-    """Questions beyond the model: {w} any word, {W} capitalized, {n} a number, {b} a big one."""
+    """Questions beyond the model: {w} any word, {W} capitalized, {n} a number.
+
+    {m} has too many digits to multiply, {b} too many to add.
+    """
     return (FOLDER / "beyond.txt").read_text("utf-8").splitlines()
 
 
@@ -60,7 +63,8 @@ def beyond(rng: Random) -> Exchange:
         text = text.replace("{w}", train_word(rng), 1)
         text = text.replace("{W}", train_word(rng).capitalize(), 1)
         text = text.replace("{n}", str(rng.randrange(10 ** rng.randint(1, 4))), 1)
-        text = text.replace("{b}", str(rng.randrange(10**6, 10**9)), 1)
+        text = text.replace("{m}", str(rng.randrange(10**3, 10 ** rng.randint(4, 6))), 1)
+        text = text.replace("{b}", str(rng.randrange(10**5, 10 ** rng.randint(6, 9))), 1)
     return Exchange(recase(text, rng), "I can not do this.", SORRY)
 
 

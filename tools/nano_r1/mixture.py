@@ -78,7 +78,7 @@ def conversation(rng: Random, level: float) -> Example:
     else:
         last = any_exchange(rng, level)
         earlier = [earlier_turn(any_exchange(rng, level), rng) for _ in range(rng.randint(1, 4))]
-    return serialize(last, prompt_text(last.question, some_system(rng), earlier))
+    return finish(last, prompt_text(last.question, some_system(rng), earlier), rng)
 
 
 def long_conversation(rng: Random, level: float, tokens: int) -> Example:
@@ -100,9 +100,8 @@ def some_system(rng: Random) -> str:
     return rng.choice(SYSTEMS) if rng.random() < 0.08 else ""
 
 
-def dress(exchange: Exchange, rng: Random) -> Example:
-    """One exchange: mostly whole, at times with its thinking cut short or empty."""
-    prompt = prompt_text(exchange.question, some_system(rng))
+def finish(exchange: Exchange, prompt: str, rng: Random) -> Example:
+    """The last exchange: mostly whole, at times with its thinking cut short or empty."""
     roll = rng.random()
     if roll < 0.04:
         return serialize_cut(exchange, prompt, rng)
@@ -121,5 +120,7 @@ def example(name: str, rng: Random, progress: float) -> Example:
         roll = rng.random()
         if roll < 0.5:
             return conversation(rng, level)
-        return dress(chat(rng) if roll < 0.9 else beyond(rng), rng)
-    return dress(task_exchange(name, rng, level), rng)
+        exchange = chat(rng) if roll < 0.9 else beyond(rng)
+    else:
+        exchange = task_exchange(name, rng, level)
+    return finish(exchange, prompt_text(exchange.question, some_system(rng)), rng)

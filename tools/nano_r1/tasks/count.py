@@ -80,10 +80,10 @@ class CountTask(Task[Count]):
         word, letter = problem
         roll = rng.random()
         shown = word if roll < 0.75 else word.capitalize() if roll < 0.92 else word.upper()
-        quote = rng.choice(["", "", "", '"', "'"])
+        before, after = rng.choice([("", "")] * 3 + [('"', '"'), ("'", "'"), ("“", "”")])
         if rng.random() < 0.15:
             letter = letter.upper()
-        text = rng.choice(WORDINGS).format(l=letter, w=quote + shown + quote)
+        text = rng.choice(WORDINGS).format(l=letter, w=before + shown + after)
         return restyle(text, rng)
 
     def thinking(self, problem: Count) -> str:

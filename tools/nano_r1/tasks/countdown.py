@@ -119,7 +119,7 @@ class CountdownTask(Task[Countdown]):
     always_test = frozenset({"3 7 12 33"})
 
     def draw(self, rng: Random, level: float) -> Countdown:
-        largest = LARGEST if level > 0.3 else 9
+        largest = LARGEST if level > 0.6 else 9
         numbers = rng.randint(1, largest), rng.randint(1, largest), rng.randint(1, largest)
         if rng.random() < 0.04:  # mostly without a solution
             return Countdown(numbers, rng.randint(10, 100))
