@@ -33,7 +33,7 @@ TINY: Fields = {
     "hidden_size": 256,
     "intermediate_size": 384,
     "kv_lora_rank": 128,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 2560,
     "moe_intermediate_size": 128,
     "moe_layer_freq": 1,
     "n_group": 4,
