@@ -1,0 +1,187 @@
+"""What orders work between the model's device and the host, as an object that can be exchanged.
+
+    A stream is a queue: what is put on it runs in that order. Different streams know of each other only through events:
+        record(event, stream)   the event is reached when all that `stream` was given so far is done
+        wait(event, stream)     what `stream` is given from here on starts after the event is reached
+    The host thread that queues the work waits for nothing but `synchronize`.
+
+The model's own operators run on the stream `main`. `copy` and `launch` read their tensors when their turn comes:
+whoever queues them keeps the tensors alive, and unchanged by other streams, until an event says that they are done.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A queue of work. `handle`: what the backend keeps behind it."""
+
+    name: str
+    handle: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Event:
+    """A point in a stream that other streams can wait for; may be recorded again and again."""
+
+    handle: Any = None
+
+
+class Backend(Protocol):
+    """A device and its order of work."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's tensors live."""
+
+    @property
+    def main(self) -> Stream:
+        """The stream of the model's own operators."""
+
+    def stream(self, name: str) -> Stream:
+        """A new stream beside `main`."""
+
+    def event(self) -> Event:
+        """A new event, not yet recorded; to wait for it then is to wait for nothing."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """Uninitialised memory: on the device, or (pinned) on the host where copies can run beside other work."""
+
+    def record(self, event: Event, stream: Stream) -> None:
+        """Let `event` be reached when all work given to `stream` so far is done."""
+
+    def wait(self, event: Event, stream: Stream) -> None:
+        """Let the work given to `stream` from here on start after the last recording of `event` is reached."""
+
+    def copy(self, dst: Tensor, src: Tensor, stream: Stream) -> None:
+        """Queue dst = src, of one shape and dtype, between host and device or within one of them."""
+
+    def launch(self, stream: Stream, function: Callable[..., Any], *args: Any) -> None:
+        """Queue a call that runs on host threads and reads or writes the tensors among `args`.
+
+        An error that it raises reaches the caller here or from a later `synchronize`.
+        """
+
+    def synchronize(self) -> None:
+        """Return when all work of all streams is done."""
+
+
+class CpuBackend:
+    """Everything runs at once, on the caller's thread: the order of calls is the order of work.
+
+    `device` other than the CPU is for fake tensors, which are nowhere.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device, self.main = torch.device(device), Stream("main")
+
+    def stream(self, name: str) -> Stream:
+        return Stream(name)
+
+    def event(self) -> Event:
+        return Event()
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cpu" if pinned else self.device)
+
+    def record(self, event: Event, stream: Stream) -> None:
+        pass
+
+    def wait(self, event: Event, stream: Stream) -> None:
+        pass
+
+    def copy(self, dst: Tensor, src: Tensor, stream: Stream) -> None:
+        _check_copy(dst, src)
+        dst.copy_(src)
+
+    def launch(self, stream: Stream, function: Callable[..., Any], *args: Any) -> None:
+        function(*args)
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _check_copy(dst: Tensor, src: Tensor) -> None:
+    if dst.shape != src.shape or dst.dtype != src.dtype:
+        raise ValueError(
+            f"a copy keeps shape and dtype: {src.dtype} {tuple(src.shape)} does not fit {dst.dtype} {tuple(dst.shape)}"
+        )
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a backend. `reads`, `writes`: numbers of buffers; `launch` may do both to all tensors it is given."""
+
+    kind: str  # allocate, copy, launch, record, wait or synchronize
+    stream: str = ""
+    reads: tuple[int, ...] = ()
+    writes: tuple[int, ...] = ()
+    event: int = -1
+
+
+@dataclass
+class RecordingBackend:
+    """Passes everything on to `inner` and notes it in `operations`, for tests of the order of work.
+
+    Buffers are numbered as they appear; views of one storage have one number.
+    """
+
+    inner: Backend
+    operations: list[Operation] = field(default_factory=list)
+    _buffers: list[Any] = field(default_factory=list)  # the storages, kept so that none gets another's address
+    _events: list[Event] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    @property
+    def main(self) -> Stream:
+        return self.inner.main
+
+    def buffer(self, tensor: Tensor) -> int:
+        """The number of the storage that `tensor` is a view of."""
+        storage = tensor.untyped_storage()
+        for number, known in enumerate(self._buffers):
+            if known._cdata == storage._cdata:
+                return number
+        self._buffers.append(storage)
+        return len(self._buffers) - 1
+
+    def stream(self, name: str) -> Stream:
+        return self.inner.stream(name)
+
+    def event(self) -> Event:
+        self._events.append(self.inner.event())
+        return self._events[-1]
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        tensor = self.inner.allocate(shape, dtype, pinned)
+        self.operations.append(Operation("allocate", writes=(self.buffer(tensor),)))
+        return tensor
+
+    def record(self, event: Event, stream: Stream) -> None:
+        self.operations.append(Operation("record", stream.name, event=self._events.index(event)))
+        self.inner.record(event, stream)
+
+    def wait(self, event: Event, stream: Stream) -> None:
+        self.operations.append(Operation("wait", stream.name, event=self._events.index(event)))
+        self.inner.wait(event, stream)
+
+    def copy(self, dst: Tensor, src: Tensor, stream: Stream) -> None:
+        self.operations.append(Operation("copy", stream.name, (self.buffer(src),), (self.buffer(dst),)))
+        self.inner.copy(dst, src, stream)
+
+    def launch(self, stream: Stream, function: Callable[..., Any], *args: Any) -> None:
+        touched = tuple(self.buffer(arg) for arg in args if isinstance(arg, Tensor))
+        self.operations.append(Operation("launch", stream.name, touched, touched))
+        self.inner.launch(stream, function, *args)
+
+    def synchronize(self) -> None:
+        self.operations.append(Operation("synchronize"))
+        self.inner.synchronize()

@@ -1,0 +1,14 @@
+"""CPU kernels, compiled by Numba on the user's machine. quant/ops.py offers them as torch operators.
+
+vector.py   16 lanes of decoding and multiplying, in LLVM IR
+tiles.py    a few weight rows times a few tokens
+linear.py   a matrix times tokens
+moe.py      all routed experts of a layer
+jit.py      compiling and the cache on disk
+threads.py  how many threads
+reference.py  the same results in plain NumPy, for tests
+"""
+
+from quant.kernels.threads import set_threads, threads
+
+__all__ = ["set_threads", "threads"]

@@ -1,0 +1,97 @@
+"""Compile kernels when they are first called, and keep the machine code on disk for the next process.
+
+Numba's cache notices a change of a kernel's own file only, so the cache folder's name holds a hash of all kernel
+sources, Numba's version and the processor. Each kernel has one signature: two processes that compile at once write
+the same files, each put in place whole.
+"""
+
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from llvmlite import binding
+from numba.extending import register_jitable
+
+# For functions that kernels call: they are compiled into their callers. `shared` ones run in plain Python too.
+inner: Callable[[Callable[..., Any]], Any] = numba.njit(nogil=True, error_model="numpy")
+shared: Callable[[Callable[..., Any]], Any] = register_jitable
+
+
+class Kernel:
+    """A function of addresses and numbers, compiled for `signature` at its first call."""
+
+    def __init__(self, function: Callable[..., Any], signature: str, parallel: bool = False):
+        self._function, self._signature, self._parallel = function, signature, parallel
+        self._lock = threading.Lock()
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        compiled = self._compiled
+        return compiled(*args) if compiled is not None else self.compile()(*args)
+
+    def compile(self) -> Callable[..., Any]:
+        """The machine code, from the cache if it is there. (Dispatcher of Numba.)"""
+        with self._lock:
+            if self._compiled is None:
+                dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=self._parallel)(self._function)
+                _enable_cache(dispatcher, "parallel" if self._parallel else "serial")
+                dispatcher.compile(self._signature)
+                self._compiled = dispatcher
+            return self._compiled
+
+
+class Variants:
+    """One function compiled twice: with its prange loops serial, and over threads."""
+
+    def __init__(self, function: Callable[..., Any], signature: str):
+        self.serial, self.parallel = Kernel(function, signature), Kernel(function, signature, parallel=True)
+
+
+def _enable_cache(dispatcher: Any, variant: str) -> None:
+    # Numba's cache key leaves out the compiler flags: a parallel kernel needs a folder of its own.
+    folder = cache_folder()
+    if folder is None:
+        return
+    config: Any = numba.config
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder / variant)
+    try:
+        dispatcher.enable_caching()
+    except (OSError, RuntimeError):
+        pass  # nowhere to write: compiled in memory for this process
+    finally:
+        config.CACHE_DIR = before
+
+
+@cache
+def cache_folder() -> Path | None:
+    """Where this machine's kernels are kept; None if nothing can be written there."""
+    folder = _user_cache() / "dsr1" / "kernels" / _fingerprint()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return None
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + source.read_bytes())
+    digest.update((Path(__file__).parent.parent / "formats.py").read_bytes())
+    features = binding.get_host_cpu_features().flatten()
+    digest.update(f"{numba.__version__} {sys.version} {binding.get_host_cpu_name()} {features}".encode())
+    return digest.hexdigest()[:16]
