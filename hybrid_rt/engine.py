@@ -23,7 +23,7 @@ from offload.sizes import format_size, parse_size
 from quant.checkpoint import Checkpoint
 from quant.config import ModelConfig
 from quant.errors import ContextError, DeviceError, Dsr1Error, TokenizerError
-from quant.kernels import set_threads
+from quant.kernels.threads import set_threads
 
 DEFAULT_CONTEXT = 32768
 PREFILL_CHUNK = 512
@@ -38,6 +38,7 @@ class Engine:
 
     def __init__(
         self,
+        folder: Path,
         transformer: Transformer,
         config: ModelConfig,
         tokenizer: Tokenizer,
@@ -45,7 +46,8 @@ class Engine:
         context: int,
         notes: list[str],
     ) -> None:
-        self.transformer, self.config, self.tokenizer = transformer, config, tokenizer
+        self.folder, self.transformer = folder, transformer
+        self.config, self.tokenizer = config, tokenizer
         self.default_sampling = default_sampling
         self.context, self.notes = context, notes
         self.prefill_chunk = min(PREFILL_CHUNK, context)
@@ -84,7 +86,8 @@ class Engine:
             )
         use_threads(threads)
         transformer = load_transformer(checkpoint, DTYPES[dtype], CpuBackend(), min(PREFILL_CHUNK, context))
-        return cls(transformer, config, tokenizer, load_sampling(checkpoint.folder), context, notes)
+        sampling = load_sampling(checkpoint.folder)
+        return cls(checkpoint.folder, transformer, config, tokenizer, sampling, context, notes)
 
     def session(self) -> Session:
         """A conversation of its own, with an empty cache."""

