@@ -3,6 +3,7 @@
 import json
 import secrets
 from dataclasses import replace
+from typing import Any
 
 from cli.options import RunOptions
 from cli.output import AnswerPrinter, say
@@ -43,7 +44,7 @@ def load_engine(options: RunOptions) -> Engine:
 
 def choose_sampling(engine: Engine, options: RunOptions) -> Sampling:
     """The model's own sampling, with what the options change; the seed is drawn here so that it can be told."""
-    asked = {
+    asked: dict[str, Any] = {
         "temperature": options.temperature,
         "top_p": options.top_p,
         "max_new_tokens": options.max_new_tokens,

@@ -40,7 +40,7 @@ class OnlineSoftmax:
     """softmax(scores) @ values over blocks of scores. Sums are float32."""
 
     def __init__(self) -> None:
-        self.maximum: torch.Tensor | None = None
+        self.sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # maximum, total, weighted values
 
     def add(self, scores: torch.Tensor, values: torch.Tensor) -> None:
         """scores: float32 [..., T, S], overwritten; values: [..., S, D].
@@ -48,20 +48,21 @@ class OnlineSoftmax:
         Masked scores are -inf; no query may have its whole first block masked.
         """
         maximum = scores.amax(dim=-1, keepdim=True)
-        if self.maximum is not None:
-            maximum = torch.maximum(maximum, self.maximum)
+        if self.sums is not None:
+            maximum = torch.maximum(maximum, self.sums[0])
         shares = scores.sub_(maximum).exp_()
         total = shares.sum(dim=-1, keepdim=True)
         weighted = (shares.to(values.dtype) @ values).float()
-        if self.maximum is not None:
-            shrink = (self.maximum - maximum).exp_()
-            total += self.total * shrink
-            weighted += self.weighted * shrink
-        self.maximum, self.total, self.weighted = maximum, total, weighted
+        if self.sums is not None:
+            shrink = (self.sums[0] - maximum).exp_()
+            total += self.sums[1] * shrink
+            weighted += self.sums[2] * shrink
+        self.sums = maximum, total, weighted
 
     def result(self) -> torch.Tensor:
         """float32 [..., T, D]."""
-        return self.weighted / self.total
+        assert self.sums is not None, "there were no scores"
+        return self.sums[2] / self.sums[1]
 
 
 def attend_decompressed(

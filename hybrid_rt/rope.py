@@ -67,6 +67,8 @@ def angle_gain(config: ModelConfig) -> float:
 class Rope(torch.nn.Module):
     """Angles of positions, from frequencies computed once."""
 
+    frequencies: torch.Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gain = angle_gain(config)

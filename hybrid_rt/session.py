@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import save_file
@@ -137,6 +137,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 def fingerprint(engine: "Engine") -> torch.Tensor:
     """What a saved cache depends on besides its tokens: shape, dtype and norms of the model. uint8 [32]."""
     digest = hashlib.sha256(f"{engine.config} {engine.transformer.dtype}".encode())
-    for block in engine.transformer.layers:
-        digest.update(block.attn_norm.weight.numpy().tobytes())
+    for layer in range(engine.config.n_layers):
+        norm = engine.transformer.get_submodule(f"layers.{layer}.attn_norm")
+        digest.update(cast(torch.Tensor, norm.weight).numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
