@@ -1,5 +1,9 @@
 """The conversation on a terminal."""
 
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 from prompt_toolkit import PromptSession
 
 from cli.options import RunOptions
@@ -43,17 +47,30 @@ class Chat:
         told: list[Step] = []
         try:
             ids = self.engine.prompt_ids(asked, think=self.options.think)
-            AnswerPrinter().show(_remember(self.session.generate(ids, self.sampling), told))
-        except KeyboardInterrupt:
-            say("\n[stopped]")
+            with self.interruptible():
+                AnswerPrinter().show(_remember(self.session.generate(ids, self.sampling), told))
         except Dsr1Error as error:
-            say(f"{error}")
+            say(str(error))
             return
         answer = "".join(step.text for step in told if not step.is_thinking).lstrip("\n")
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl+C stops the answer and keeps what came; pressed again before that has happened, it leaves."""
 
-def _remember(steps, told: list[Step]):  # type: ignore[no-untyped-def]
+        def stop(_signal: int, _frame: object) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.session.cancel()
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _remember(steps: Iterable[Step], told: list[Step]) -> Iterator[Step]:
     for step in steps:
         told.append(step)
         yield step

@@ -20,6 +20,10 @@ TAG_TOKENS = 16  # enough of a prompt's end to hold the opening tag, however it 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
+class Cancelled(Exception):
+    """`Session.cancel` was called between two chunks of a prompt."""
+
+
 @dataclass(frozen=True)
 class Timings:
     """Counts and seconds so far. `prefilled` are the prompt's tokens that were computed, not found in the cache."""
@@ -102,8 +106,12 @@ def generate(session: "Session", ids: Sequence[int], sampling: Sampling) -> Iter
     """The steps of `Session.generate`."""
     tokenizer = session.engine.tokenizer
     answer, source = AnswerText(tokenizer, ids), TokenSource(tokenizer, sampling)
+    session.cancelled = False
     started = time.perf_counter()
-    known, logits = session.prefill(ids)
+    try:
+        known, logits = session.prefill(ids)
+    except Cancelled:
+        return
     decode_started = time.perf_counter()
     timings = Timings(len(ids), len(ids) - known, decode_started - started)
     limit = min(sampling.max_new_tokens or session.room + 1, session.room + 1)
@@ -127,7 +135,7 @@ def _finish_reason(session: "Session", token_id: int, is_last: bool) -> FinishRe
 
 
 def collect(steps: Iterable[Step]) -> Completion:
-    """Read an answer to its end."""
+    """Read an answer to its end. It must have a step: see `Session.generate` for when it has none."""
     taken = list(steps)
     return Completion(
         text="".join(step.text for step in taken if not step.is_thinking).lstrip("\n"),

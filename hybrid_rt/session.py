@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from safetensors.torch import save_file
 
-from hybrid_rt.generation import Step, generate
+from hybrid_rt.generation import Cancelled, Step, generate
 from hybrid_rt.sampling import Sampling
 from quant.errors import CheckpointError, ContextError
 from quant.safetensors_file import SafetensorsFile
@@ -40,7 +40,7 @@ class Session:
     def append(self, ids: Sequence[int]) -> torch.Tensor:
         """Run `ids` through the model in chunks. Returns the last one's logits, float32 [vocab].
 
-        Raises ContextError when they do not fit; the session is then unchanged.
+        Raises ContextError when they do not fit, the session being unchanged, and Cancelled between two chunks.
         """
         checked = self.engine.check_ids(ids)
         if len(checked) > self.room:
@@ -48,7 +48,9 @@ class Session:
                 f"{len(self.tokens)} tokens and {len(checked)} more do not fit into the context of "
                 f"{self.cache.capacity}; begin a new conversation or give a larger --context"
             )
-        for chunk in checked.split(self.engine.prefill_chunk):
+        for number, chunk in enumerate(checked.split(self.engine.prefill_chunk)):
+            if number and self.cancelled:
+                raise Cancelled
             states = self.engine.forward(chunk, self.cache)
             self.tokens.extend(chunk.tolist())
         return self.engine.head(states[-1:])[0]
@@ -66,7 +68,7 @@ class Session:
         return twin
 
     def cancel(self) -> None:
-        """Stop the running `generate` after its current token. May be called from another thread."""
+        """Stop the running `generate` after its current token or chunk. May be called from another thread."""
         self.cancelled = True
 
     def prefill(self, ids: Sequence[int]) -> tuple[int, torch.Tensor]:
@@ -79,10 +81,10 @@ class Session:
     def generate(self, ids: Sequence[int], sampling: Sampling | None = None) -> Iterator[Step]:
         """Answer the whole prompt `ids`, a step a token. What the session already holds of it is not run again.
 
-        The last step has a finish_reason: "stop", "length" (of the answer or of the context) or "cancelled".
+        The last step has a finish_reason: "stop", "length" (of the answer or of the context) or "cancelled"; there is
+        no step at all if it was cancelled before the first token.
         Raises ContextError before the first step when the prompt alone is longer than the context.
         """
-        self.cancelled = False
         return generate(self, ids, sampling or self.engine.default_sampling)
 
     def save(self, path: Path) -> None:

@@ -176,3 +176,16 @@ def test_common_prefix() -> None:
     assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
     assert common_prefix([], [1]) == 0
     assert common_prefix([1, 2], [1, 2]) == 2
+
+
+def test_cancel_during_a_long_prompt(engine: Engine, session: Session) -> None:
+    engine.prefill_chunk, whole = 8, engine.prefill_chunk
+    try:
+        original = engine.forward
+        engine.forward = lambda *args: (session.cancel(), original(*args))[1]  # type: ignore[method-assign]
+        assert list(session.generate(PROMPT, GREEDY)) == []
+        assert session.tokens == PROMPT[:8]
+    finally:
+        engine.prefill_chunk = whole
+        del engine.forward
+    assert greedy_ids(session, PROMPT) == greedy_ids(engine.session(), PROMPT)
