@@ -43,7 +43,7 @@ class MLA(nn.Module):
             self.wq = parts.linear(f"{prefix}.wq")
         self.wkv_a = parts.linear(f"{prefix}.wkv_a")
         self.kv_norm = RMSNorm(parts.tensor(f"{prefix}.kv_norm", torch.float32), LATENT_NORM_EPS)
-        self.wkv_b = parts.tensor(f"{prefix}.wkv_b")
+        self.wkv_b = parts.tensor(f"{prefix}.wkv_b", torch.float32)
         self.wo = parts.linear(f"{prefix}.wo")
 
     def forward(self, x: torch.Tensor, angles: Angles, context: AttentionContext) -> torch.Tensor:

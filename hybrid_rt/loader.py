@@ -13,8 +13,8 @@ from quant.formats import QuantTensor
 class CheckpointParts:
     """Weights of a checkpoint, in the formats in which they are stored (`Parts`).
 
-    Matrices and experts stay views of the mapped files. Copied in float32 or `dtype` are only the norms, the
-    routers, and `wkv_b`, which attention reads in two forms.
+    Matrices and experts stay views of the mapped files. Copied in float32 are only the norms, the routers,
+    and `wkv_b`, which attention reads in two forms.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, backend: Backend, buffers: ExpertBuffers) -> None:

@@ -40,7 +40,8 @@ def _ramp(yarn: YarnConfig, theta: float, width: int) -> torch.Tensor:
     low = max(math.floor(pair_with(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_with(yarn.beta_slow)), width - 1)
     pairs = torch.arange(width // 2, dtype=torch.float32)
-    return ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    # Below 2 pi * beta_slow tokens `high` comes before `low`; the published code then turns no pair slower.
+    return ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
