@@ -12,7 +12,7 @@ from torch import Tensor
 from quant.formats import FORMATS, Format, QuantTensor
 from quant.kernels import linear as linear_kernel
 from quant.kernels import moe as moe_kernel
-from quant.kernels.threads import call, parts_for, threads
+from quant.kernels.threads import call, parts_for, thread_count
 from quant.kernels.vector import BF16_CODE, F32_CODE, FP8_CODE
 
 KERNELS: dict[torch.dtype, tuple[Format, int]] = {
@@ -119,7 +119,7 @@ def moe_scratch_sizes(tokens: int, top_k: int, experts: int, dim: int, inter_dim
     """Values of `order` and of `scratch` that dsr1::moe_experts needs for up to `tokens` tokens with all threads."""
     order = moe_kernel.order_integers(tokens, top_k, experts)
     hidden = moe_kernel.hidden_floats(tokens, top_k, inter_dim)
-    return order, hidden + threads() * moe_kernel.part_floats(dim, inter_dim)
+    return order, hidden + thread_count() * moe_kernel.part_floats(dim, inter_dim)
 
 
 def _check_moe(moe: MoeCall) -> None:

@@ -9,6 +9,6 @@ threads.py  how many threads
 reference.py  the same results in plain NumPy, for tests
 """
 
-from quant.kernels.threads import set_threads, threads
+from quant.kernels.threads import set_threads, thread_count
 
-__all__ = ["set_threads", "threads"]
+__all__ = ["set_threads", "thread_count"]

@@ -27,8 +27,8 @@ shared: Callable[[Callable[..., Any]], Any] = register_jitable
 class Kernel:
     """A function of addresses and numbers, compiled for `signature` at its first call."""
 
-    def __init__(self, function: Callable[..., Any], signature: str, parallel: bool = False):
-        self._function, self._signature, self._parallel = function, signature, parallel
+    def __init__(self, function: Callable[..., Any], signature: str):
+        self._function, self._signature = function, signature
         self._lock = threading.Lock()
         self._compiled: Callable[..., Any] | None = None
 
@@ -40,27 +40,19 @@ class Kernel:
         """The machine code, from the cache if it is there. (Dispatcher of Numba.)"""
         with self._lock:
             if self._compiled is None:
-                dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=self._parallel)(self._function)
-                _enable_cache(dispatcher, "parallel" if self._parallel else "serial")
+                dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=True)(self._function)
+                _enable_cache(dispatcher)
                 dispatcher.compile(self._signature)
                 self._compiled = dispatcher
             return self._compiled
 
 
-class Variants:
-    """One function compiled twice: with its prange loops serial, and over threads."""
-
-    def __init__(self, function: Callable[..., Any], signature: str):
-        self.serial, self.parallel = Kernel(function, signature), Kernel(function, signature, parallel=True)
-
-
-def _enable_cache(dispatcher: Any, variant: str) -> None:
-    # Numba's cache key leaves out the compiler flags: a parallel kernel needs a folder of its own.
+def _enable_cache(dispatcher: Any) -> None:
     folder = cache_folder()
     if folder is None:
         return
     config: Any = numba.config
-    before, config.CACHE_DIR = config.CACHE_DIR, str(folder / variant)
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
     try:
         dispatcher.enable_caching()
     except (OSError, RuntimeError):

@@ -2,7 +2,7 @@
 
 from numba import prange
 
-from quant.kernels.jit import Variants, inner, shared
+from quant.kernels.jit import Kernel, inner, shared
 from quant.kernels.tiles import (
     BLOCK_ROWS,
     RESULT_FLOATS,
@@ -53,8 +53,11 @@ def _part(x, weight, scale, out, scratch, tokens, n, k, code, part, parts):  # t
 
 def _linear(x, weight, scale, out, scratch, tokens, n, k, code, parts):  # type: ignore[no-untyped-def]
     """out [tokens, n] = x [tokens, k] @ weight [n, k].T; all but the last five are addresses."""
+    if parts == 1:
+        _part(x, weight, scale, out, scratch, tokens, n, k, code, 0, 1)
+        return
     for part in prange(parts):
         _part(x, weight, scale, out, scratch, tokens, n, k, code, part, parts)
 
 
-linear = Variants(_linear, SIGNATURE)
+linear = Kernel(_linear, SIGNATURE)

@@ -6,13 +6,12 @@
 The sum over a token's experts runs in ascending order of expert id (equal ids: in order of slot), whatever the slots.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 from numba import prange
 
-from quant.kernels.jit import Variants, inner, shared
+from quant.kernels.jit import Kernel, inner, shared
 from quant.kernels.tiles import (
     BLOCK_ROWS,
     RESULT_FLOATS,
@@ -26,9 +25,15 @@ from quant.kernels.tiles import (
     share,
     strided_inputs,
 )
+from quant.kernels.vector import float_of_bits
 
 HALF_BLOCK = BLOCK_ROWS // 2  # gate and up rows share a block's buffer
 TABLE_COLUMNS = 6  # addresses of w1, w3, w2 and of their scales
+ONE, HIGHEST, LOG2_E = np.float32(1), np.float32(88.37), np.float32(1.44269504)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+POLYNOMIAL_0, POLYNOMIAL_1, POLYNOMIAL_2, POLYNOMIAL_3, POLYNOMIAL_4, POLYNOMIAL_5 = (
+    np.float32(c) for c in (1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665795e-2, 1.6666665e-1, 5.0e-1)
+)
 SIGNATURE = "int64(" + ", ".join(["int64"] * 14) + ")"
 
 
@@ -110,15 +115,38 @@ def _token_input(layer, pairs, index, last):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _silu(x):  # type: ignore[no-untyped-def]
-    return x / (np.float32(1) + math.exp(-x))
+def _exp(x):  # type: ignore[no-untyped-def]
+    """e**x of a float32 within 2 units of the last place, infinity above 88.37; no branches, so that it vectorises.
+
+    2**n times a polynomial on [-ln 2 / 2, ln 2 / 2]; ln 2 in two parts (Cody and Waite), coefficients of Cephes' expf.
+    """
+    bounded = HIGHEST if x > HIGHEST else (x if x > -HIGHEST + ONE else -HIGHEST + ONE)
+    power = np.int32(bounded * LOG2_E + np.float32(128.5)) - np.int32(128)
+    rest = bounded - np.float32(power) * LN2_HIGH - np.float32(power) * LN2_LOW
+    value = POLYNOMIAL_0
+    value = value * rest + POLYNOMIAL_1
+    value = value * rest + POLYNOMIAL_2
+    value = value * rest + POLYNOMIAL_3
+    value = value * rest + POLYNOMIAL_4
+    value = value * rest + POLYNOMIAL_5
+    value = (value * rest * rest + rest + ONE) * float_of_bits(np.int32((power + np.int32(127)) << np.int32(23)))
+    return np.float32(np.inf) if x > HIGHEST else value
+
+
+@inner
+def _silu_times(gates, ups):  # type: ignore[no-untyped-def]
+    """gates = silu(gates) * ups, for one tile of each."""
+    for index in range(RESULT_FLOATS):
+        gate = gates[index]
+        gates[index] = gate / (ONE + _exp(-gate)) * ups[index]
 
 
 @inner
 def _gate_up_block(layer, gate, up, pairs, first_row, results):  # type: ignore[no-untyped-def]
     """hidden[pair, first_row : first_row + gate.size] for one expert's pairs (numbers in `pairs`, rows in hidden)."""
     start, end, sorted_pairs = pairs
-    gates, ups = floats(results, (TOKEN_TILE, ROW_TILE)), floats(results + RESULT_FLOATS * 4, (TOKEN_TILE, ROW_TILE))
+    gates, ups = floats(results, (RESULT_FLOATS,)), floats(results + RESULT_FLOATS * 4, (RESULT_FLOATS,))
+    tile = floats(results, (TOKEN_TILE, ROW_TILE))
     for first in range(start, end, TOKEN_TILE):
         count = min(TOKEN_TILE, end - first)
         inputs = (
@@ -130,15 +158,16 @@ def _gate_up_block(layer, gate, up, pairs, first_row, results):  # type: ignore[
         for row in range(0, gate.size, ROW_TILE):
             dot_tile(gate, row, count, inputs, results)
             dot_tile(up, row, count, inputs, results + RESULT_FLOATS * 4)
+            _silu_times(gates, ups)
             for t in range(count):
                 hidden = floats(layer.scratch + ((first + t) * layer.inter + first_row + row) * 4, (ROW_TILE,))
                 for r in range(min(ROW_TILE, gate.size - row)):
-                    hidden[r] = _silu(gates[t, r]) * ups[t, r]
+                    hidden[r] = tile[t, r]
 
 
 @inner
 def _gate_up(layer, part, parts):  # type: ignore[no-untyped-def]
-    """Step 1 for one thread's rows of every touched expert."""
+    """Step 1 for one thread's rows of every touched expert; 1 when done."""
     starts, sorted_pairs = _sorted_pairs(layer)
     table = integers(layer.table, (layer.experts, TABLE_COLUMNS))
     decoded = _part_scratch(layer, part)
@@ -156,6 +185,7 @@ def _gate_up(layer, part, parts):  # type: ignore[no-untyped-def]
             gate = open_rows(layer.code, w1, s1, row, rows, layer.dim, end - start, decoded)
             up = open_rows(layer.code, w3, s3, row, rows, layer.dim, end - start, decoded_up)
             _gate_up_block(layer, gate, up, (start, end, sorted_pairs), row, results)
+    return 1
 
 
 @inner
@@ -202,11 +232,20 @@ def _moe(x, ids, weights, table, out, order, scratch, tokens, top_k, experts, di
     layer = Layer(x, ids, weights, table, out, order, scratch, tokens, top_k, experts, dim, inter, code)
     if not _sort_pairs(layer):
         return 0
+    if parts == 1:
+        _gate_up(layer, 0, 1)
+        _down(layer, 0, 1)
+        return 1
+    # Numba sees no dependency through addresses and would fuse the loops, though the second needs all of the first:
+    # the count between them keeps them apart.
+    done = 0
     for part in prange(parts):
-        _gate_up(layer, part, parts)
+        done += _gate_up(layer, part, parts)
+    if done < parts:
+        return 0
     for part in prange(parts):
         _down(layer, part, parts)
     return 1
 
 
-moe_experts = Variants(_moe, SIGNATURE)
+moe_experts = Kernel(_moe, SIGNATURE)

@@ -6,7 +6,7 @@ from typing import Any
 import numba
 import torch
 
-from quant.kernels.jit import Variants
+from quant.kernels.jit import Kernel
 
 MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 # A parallel region costs tens of microseconds, a million multiplications about as much.
@@ -24,24 +24,24 @@ def set_threads(count: int) -> None:
     _count = min(count, MAX_THREADS)
 
 
-def threads() -> int:
+def thread_count() -> int:
     """The threads that a large kernel uses. Until set_threads is called: as many as torch uses."""
     return _count or min(torch.get_num_threads(), MAX_THREADS)
 
 
 def parts_for(multiplications: int) -> int:
     """Threads for a task of this size: 1 if a parallel region costs more than it gains."""
-    return 1 if multiplications < SERIAL_MULTIPLICATIONS else threads()
+    return 1 if multiplications < SERIAL_MULTIPLICATIONS else thread_count()
 
 
-def call(variants: Variants, args: tuple[int, ...], parts: int) -> Any:
+def call(kernel: Kernel, args: tuple[int, ...], parts: int) -> Any:
     """Run a kernel, whose last argument is the number of parts to share its work out to."""
     if parts == 1:
-        return variants.serial(*args, 1)
+        return kernel(*args, 1)
     with _lock:
         before = numba.get_num_threads()
         numba.set_num_threads(min(parts, MAX_THREADS))
         try:
-            return variants.parallel(*args, parts)
+            return kernel(*args, parts)
         finally:
             numba.set_num_threads(before)

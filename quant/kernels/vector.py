@@ -94,15 +94,28 @@ def _decode(builder: Any, code: int, stored: Any, scale: Any) -> Any:
     return builder.fmul(builder.select(is_nan, _splat_float(float("nan")), value), scale)
 
 
-def _sum_lanes(builder: Any, vector: Any) -> Any:
-    """The sum of the 16 lanes, halves first."""
-    width = LANES
+def _sum_lanes(builder: Any, sums: list[Any]) -> Any:
+    """One vector with the sum of the 16 lanes of each of `sums` (a power of two of them, up to 16), in their order.
+
+    Lanes are added in halves. Vectors are merged two by two on the way, so that all lanes stay busy.
+    """
+    width = LANES  # lanes that each sum still has
     while width > 1:
         width //= 2
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        low, high = (ir.Constant(ir.VectorType(I32, width), list(range(at, at + width))) for at in (0, width))
-        vector = builder.fadd(*(builder.shuffle_vector(vector, undefined, half) for half in (low, high)))
-    return builder.extract_element(vector, ir.Constant(I32, 0))
+        if len(sums) > 1:
+            sums = [_add_halves(builder, pair[0], pair[1], width) for pair in zip(sums[::2], sums[1::2], strict=True)]
+        else:
+            sums = [_add_halves(builder, sums[0], sums[0], width, sums[0].type.count // 2)]
+    return sums[0]
+
+
+def _add_halves(builder: Any, first: Any, second: Any, half: int, count: int = LANES) -> Any:
+    """Add each group's upper `half` lanes to its lower ones. Groups of `first`, then of `second`: `count` lanes."""
+    starts = range(0, 2 * count, 2 * half)
+    low, high = ([start + at + lane for start in starts for lane in range(half)] for at in (0, half))
+    return builder.fadd(
+        *(builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, count), lanes)) for lanes in (low, high))
+    )
 
 
 def _loop_over_k(builder: Any, k: Any, state: list[Any], step: Callable[[Any, list[Any], Any], list[Any]]) -> list[Any]:
@@ -183,10 +196,8 @@ def _emit_dot(builder: Any, code: int, tokens: int, args: Any) -> None:
         return after
 
     sums = _loop_over_k(builder, k, [_splat_float(0.0)] * (ROW_TILE * tokens), step)
-    for index, vector in enumerate(sums):
-        row, token = divmod(index, tokens)
-        address = builder.add(result, _i64(4 * (token * ROW_TILE + row)))
-        builder.store(_sum_lanes(builder, vector), builder.inttoptr(address, POINTER)).align = 4
+    by_token = [sums[r * tokens + t] for t in range(tokens) for r in range(ROW_TILE)]
+    builder.store(_sum_lanes(builder, by_token), builder.inttoptr(result, POINTER)).align = 4
 
 
 def make_decode(code: int) -> Any:
@@ -226,4 +237,16 @@ def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), codegen
 
 
-pointer: Any = _pointer  # its Python signature has one argument more
+@intrinsic
+def _float_of_bits(typingctx, bits):  # type: ignore[no-untyped-def]
+    """The float32 with these 32 bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], F32)
+
+    return types.float32(types.int32), codegen
+
+
+# The Python signatures of intrinsics have one argument more than their callers give.
+pointer: Any = _pointer
+float_of_bits: Any = _float_of_bits
