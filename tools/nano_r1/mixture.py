@@ -20,7 +20,7 @@ SHARES: dict[str, tuple[float, float]] = {
     "compare": (0.10, 0.10),
     "countdown": (0.04, 0.20),
     "chat": (0.05, 0.06),
-    "long": (0.03, 0.04),
+    "long": (0.01, 0.02),
 }
 
 TASK_NAMES = list(TASKS)

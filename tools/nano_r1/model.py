@@ -13,6 +13,7 @@ from torch import nn
 from hybrid_rt.rope import softmax_scale
 from hybrid_rt.transformer import Transformer
 from quant.config import ModelConfig, parse_config
+from quant.inventory import Inventory
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -68,35 +69,7 @@ CONFIG: dict[str, Any] = {
 }
 
 EMBED_STD = 0.2
-INTO_RESIDUAL = ("wo", "w2")  # start at zero, so that every block begins as the identity
-
-
-def matrix_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the matrices of `layer`, named within it; head and eh_proj included."""
-    heads, dim, rank = config.n_heads, config.dim, config.q_lora_rank
-    shared = config.moe_inter_dim * config.n_shared_experts
-    shapes = {
-        "attn.wq": (heads * config.qk_head_dim, dim),
-        "attn.wq_a": (rank, dim),
-        "attn.wq_b": (heads * config.qk_head_dim, rank),
-        "attn.wkv_a": (config.latent_dim, dim),
-        "attn.wkv_b": (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
-        "attn.wo": (dim, heads * config.v_head_dim),
-        "eh_proj": (dim, 2 * dim),
-        "ffn.gate.weight": (config.n_routed_experts, dim),
-    }
-    for prefix, inter in (("ffn", config.inter_dim), ("ffn.shared_experts", shared)):
-        shapes |= {
-            f"{prefix}.w1": (inter, dim),
-            f"{prefix}.w2": (dim, inter),
-            f"{prefix}.w3": (inter, dim),
-        }
-    return shapes
-
-
-def vector_sizes(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the norms by the end of their name; the others have the model's width."""
-    return {"q_norm": config.q_lora_rank, "kv_norm": config.kv_lora_rank}
+STARTS_AT_ZERO = ("wo", "w2", "head")  # so that every block begins as the identity, and all tokens as equals
 
 
 # Operators of our own, for torch.compile takes torch._grouped_mm in bfloat16 only.
@@ -151,9 +124,7 @@ class _Dispatch(torch.autograd.Function):
     """x [T, dim] in the experts' order [T * K, dim]. Its own backward: a gather, where autograd would scatter."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
         return x[order // top_k]
@@ -164,49 +135,41 @@ class _Dispatch(torch.autograd.Function):
         return grad[inverse].unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
 
 
-class _Collect(torch.autograd.Function):
-    """The experts' rows back in the order of the tokens: [T * K, dim]."""
+class _Combine(torch.autograd.Function):
+    """The transpose of _Dispatch: the sum of each token's K rows, [T, dim]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, y: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
         ctx.save_for_backward(order)
-        return y[inverse]
+        ctx.top_k = top_k
+        return y[inverse].unflatten(0, (-1, top_k)).sum(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         (order,) = ctx.saved_tensors
-        return grad[order], None, None
+        return grad[order // ctx.top_k], None, None, None
 
 
 class TrainExperts(nn.Module):
-    """All experts of one layer as stacked weights; no token is dropped. Counts how often each was chosen."""
-
-    load: torch.Tensor
+    """All experts of one layer as stacked weights; no token is dropped. `chosen` keeps who went where last."""
 
     def __init__(self, w1: nn.Parameter, w2: nn.Parameter, w3: nn.Parameter) -> None:
         super().__init__()
         self.w1, self.w2, self.w3 = w1, w2, w3  # [E, inter, dim], [E, dim, inter], [E, inter, dim]
-        self.register_buffer("load", torch.zeros(len(w1)))
+        self.chosen = torch.zeros(0, w1.shape[0], dtype=torch.int64)  # [T, K]
 
     def submit(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The same sum that `sync` hands out: nothing runs beside it when training."""
-        top_k, chosen = ids.shape[1], ids.flatten()
-        order = chosen.argsort(stable=True)
+        self.chosen = ids
+        top_k, flat = ids.shape[1], ids.flatten()
+        order = flat.argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        counts = torch.zeros_like(self.load).scatter_add_(
-            0, chosen, torch.ones_like(chosen, dtype=torch.float32)
-        )
-        self.load.add_(counts)
-        ends = counts.cumsum(0).long()
+        ends = (flat[:, None] <= torch.arange(len(self.w1))).sum(0)
         rows = _Dispatch.apply(x, order, inverse, top_k)
-        gate, up = grouped_mm(rows, torch.cat([self.w1, self.w3], dim=1), ends).split(
-            self.w1.shape[1], dim=-1
-        )
-        out = grouped_mm(F.silu(gate) * up, self.w2, ends)
-        gathered = _Collect.apply(out, order, inverse).unflatten(0, (-1, top_k))  # [T, K, dim]
-        return (gathered * weights[..., None]).sum(1)
+        gate, up = grouped_mm(rows, torch.cat([self.w1, self.w3], dim=1), ends).split(self.w1.shape[1], dim=-1)
+        # Weighted here, where rows are narrow, and not after w2.
+        hidden = F.silu(gate) * up * weights.flatten()[order, None]
+        return _Combine.apply(grouped_mm(hidden, self.w2, ends), order, inverse, top_k)
 
     def sync(self, pending: torch.Tensor) -> torch.Tensor:
         return pending
@@ -219,61 +182,42 @@ class TrainParts:
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        self.config = config
+        self.config, self.specs = config, Inventory.of(config).by_name
         self.rng = torch.Generator().manual_seed(seed)
         self.parameters: dict[str, nn.Parameter] = {}
         self.biases: dict[str, torch.Tensor] = {}
-        self.layers: dict[int, TrainExperts] = {}
-        self.head: nn.Linear | None = None
+        self.expert_layers: dict[int, TrainExperts] = {}
 
     def linear(self, name: str) -> nn.Module:
-        if name.endswith("head") and self.head is not None:
-            return self.head
-        rows, columns = (
-            (self.config.vocab_size, self.config.dim) if name == "head" else self._shape(name)
-        )
+        rows, columns = self.specs[name].shape
         module = nn.Linear(columns, rows, bias=False, device="meta")
+        name = "head" if name.endswith(".head") else name
         module.weight = self._matrix(name, (rows, columns))
-        if name == "head":
-            self.head = module
         return module
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        shape = self.specs[name].shape
         if name.endswith("gate.bias"):
-            return self.biases.setdefault(name, torch.zeros(self.config.n_routed_experts))
-        if name.endswith("norm"):
-            size = vector_sizes(self.config).get(name.rpartition(".")[2], self.config.dim)
-            return self._keep(name, torch.ones(size))
-        return self._matrix(name, self._shape(name))
+            return self.biases.setdefault(name, torch.zeros(shape))
+        return self._keep(name, torch.ones(shape)) if len(shape) == 1 else self._matrix(name, shape)
 
     def embedding(self, name: str) -> torch.Tensor:
-        if "embed" in self.parameters:
-            return self.parameters["embed"]
-        table = torch.randn(self.config.vocab_size, self.config.dim, generator=self.rng)
-        return self._keep("embed", table * EMBED_STD)
+        return self._keep("embed", torch.randn(self.specs[name].shape, generator=self.rng) * EMBED_STD)
 
     def experts(self, layer: int) -> TrainExperts:
         n, inter, dim = self.config.n_routed_experts, self.config.moe_inter_dim, self.config.dim
         shapes = {"w1": (n, inter, dim), "w2": (n, dim, inter), "w3": (n, inter, dim)}
-        stacks = {
-            w: self._matrix(f"layers.{layer}.ffn.experts.{w}", shape) for w, shape in shapes.items()
-        }
-        self.layers[layer] = TrainExperts(**stacks)
-        return self.layers[layer]
-
-    def _shape(self, name: str) -> tuple[int, int]:
-        layer, inner = name.split(".", 2)[1:]
-        return matrix_shapes(self.config, int(layer))[inner]
+        stacks = {w: self._matrix(f"layers.{layer}.ffn.experts.{w}", shape) for w, shape in shapes.items()}
+        self.expert_layers[layer] = TrainExperts(**stacks)
+        return self.expert_layers[layer]
 
     def _matrix(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
-        gain = (
-            0.0 if name.rpartition(".")[2] in INTO_RESIDUAL or name == "head" else shape[-1] ** -0.5
-        )
+        gain = 0.0 if name.rpartition(".")[2] in STARTS_AT_ZERO else shape[-1] ** -0.5
         return self._keep(name, torch.randn(shape, generator=self.rng) * gain)
 
     def _keep(self, name: str, value: torch.Tensor) -> nn.Parameter:
-        self.parameters[name] = nn.Parameter(value)
-        return self.parameters[name]
+        """The parameter `name`; a second request for a shared one finds the first."""
+        return self.parameters.setdefault(name, nn.Parameter(value))
 
 
 @torch.library.custom_op("nano_r1::causal_attention", mutates_args=())
@@ -285,14 +229,11 @@ def causal_attention(
     shape: int64 [2], B and L. As a tensor it stays out of the compiled graph, so that one graph serves all buckets.
     Tokens past B * L are filling; their output is 0.
     """
-    out, sums = torch.zeros_like(q), q.new_zeros(q.shape[0] * q.shape[1])
     n_rows, length = shape.tolist()
-    attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(_rows(t, n_rows, length) for t in (q, k, v)), is_causal=True, scale=scale
     )
-    _rows(out, n_rows, length).copy_(attended)
-    sums[: log_sums.numel()] = log_sums.flatten()
-    return out, sums
+    return _flat(out, len(q)), F.pad(sums.flatten(), (0, q.shape[0] * q.shape[1] - sums.numel()))
 
 
 @torch.library.custom_op("nano_r1::causal_attention_grad", mutates_args=())
@@ -307,23 +248,26 @@ def causal_attention_grad(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v."""
-    grads = tuple(torch.zeros_like(t) for t in (q, k, v))
     n_rows, length = shape.tolist()
-    results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_rows(t, n_rows, length) for t in (grad, q, k, v, out)),
         sums[: n_rows * length * q.shape[1]].view(n_rows, q.shape[1], length),
         0.0,
         True,
         scale=scale,
     )
-    for whole, result in zip(grads, results, strict=True):
-        _rows(whole, n_rows, length).copy_(result)
-    return grads[0], grads[1], grads[2]
+    return _flat(grads[0], len(q)), _flat(grads[1], len(q)), _flat(grads[2], len(q))
 
 
 def _rows(flat: torch.Tensor, n_rows: int, length: int) -> torch.Tensor:
     """[T, H, D] as [B, H, L, D]."""
     return flat[: n_rows * length].unflatten(0, (n_rows, length)).transpose(1, 2)
+
+
+def _flat(rows: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """[B, H, L, D] as contiguous [T, H, D], filled up with zeros."""
+    flat = rows.transpose(1, 2).flatten(0, 1)
+    return F.pad(flat, (0, 0, 0, 0, 0, n_tokens - len(flat))).contiguous()
 
 
 @causal_attention.register_fake
@@ -336,9 +280,7 @@ def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *re
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _keep_attention(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
@@ -352,7 +294,7 @@ causal_attention.register_autograd(_attention_backward, setup_context=_keep_atte
 
 
 class PackedContext:
-    """Rows of one length laid end to end, each seeing itself only. Padding stands at the end of a row."""
+    """Sequences of one length laid end to end, each seeing itself only. Padding stands at the end of a row."""
 
     def __init__(self, config: ModelConfig, positions: torch.Tensor, shape: torch.Tensor) -> None:
         self.positions, self.shape, self.scale = positions, shape, softmax_scale(config)
@@ -368,9 +310,7 @@ class PackedContext:
         n_heads, nope = q_nope.shape[1:]
         kv, k_pe = latent.split([wkv_b.shape[-1], q_pe.shape[-1]], dim=-1)
         k_nope, v = (
-            F.linear(kv, wkv_b.flatten(0, 1))
-            .unflatten(-1, (n_heads, -1))
-            .split([nope, wkv_b.shape[1] - nope], -1)
+            F.linear(kv, wkv_b.flatten(0, 1)).unflatten(-1, (n_heads, -1)).split([nope, wkv_b.shape[1] - nope], -1)
         )
         q = torch.cat([q_nope, q_pe], dim=-1)
         k = torch.cat([k_nope, k_pe[:, None].expand(-1, n_heads, -1)], dim=-1)
@@ -392,10 +332,9 @@ class Rows:
     weight: torch.Tensor
     target_next: torch.Tensor
     weight_next: torch.Tensor
-    chosen: (
-        torch.Tensor
-    )  # int64 [T / 2]: the tokens of every second row, which the MTP module is trained on
-    chosen_shape: torch.Tensor
+    real: torch.Tensor  # 1.0 but for padding and filling
+    half: torch.Tensor  # int64 [T / 2]: the tokens of the first B // 2 rows, which train the MTP module
+    half_shape: torch.Tensor
 
 
 def pack(ids: torch.Tensor, mask: torch.Tensor, n_tokens: int) -> Rows:
@@ -404,20 +343,21 @@ def pack(ids: torch.Tensor, mask: torch.Tensor, n_tokens: int) -> Rows:
     mask = mask.float()
     index = torch.arange(n_rows * length).view(n_rows, length)
 
-    def flat(t: torch.Tensor, ahead: int, n: int = n_tokens) -> torch.Tensor:
+    def flat(t: torch.Tensor, ahead: int = 0, n: int = n_tokens) -> torch.Tensor:
         moved = F.pad(t[:, ahead:], (0, ahead)).flatten()
         return F.pad(moved, (0, n - len(moved)))
 
     return Rows(
-        ids=flat(ids, 0),
-        positions=flat(torch.arange(length).expand(n_rows, length), 0),
+        ids=flat(ids),
+        positions=flat(torch.arange(length).expand(n_rows, length)),
         shape=torch.tensor([n_rows, length]),
         target=flat(ids, 1),
         weight=flat(mask, 1),
         target_next=flat(ids, 2),
         weight_next=flat(mask, 2),
-        chosen=flat(index[: (n_rows + 1) // 2], 0, n_tokens // 2),
-        chosen_shape=torch.tensor([(n_rows + 1) // 2, length]),
+        real=flat(mask.flip(1).cummax(1).values.flip(1)),
+        half=flat(index[: n_rows // 2], n=n_tokens // 2),
+        half_shape=torch.tensor([n_rows // 2, length]),
     )
 
 
@@ -436,12 +376,12 @@ class Trainee(nn.Module):
         return main, self._mtp_loss(states, rows)
 
     def _mtp_loss(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Of every second sequence only: half the examples at half the cost."""
-        chosen = rows.chosen
-        context = PackedContext(self.config, rows.positions[chosen], rows.chosen_shape)
+        """Of half the sequences only: half the examples at half the cost."""
+        half = rows.half
+        context = PackedContext(self.config, rows.positions[half], rows.half_shape)
         angles = self.model.rope(context.positions)
-        logits = self.model.mtp[0](states[chosen], rows.target[chosen], angles, context)
-        return masked_loss(logits, rows.target_next[chosen], rows.weight_next[chosen])
+        logits = self.model.mtp[0](states[half], rows.target[half], angles, context)
+        return masked_loss(logits, rows.target_next[half], rows.weight_next[half])
 
 
 def masked_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
