@@ -422,6 +422,18 @@ def test_callers_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(results) == 60 and all(torch.equal(result, expected) for result in results)
 
 
+def test_loading_a_kernel_leaves_torch_its_threads() -> None:
+    script = """
+import torch
+torch.set_num_threads(1)
+from quant import ops
+from quant.formats import F32, QuantTensor
+ops.linear(torch.ones(300, 200), QuantTensor(F32, (100, 200), torch.ones(100, 200)))
+print(torch.get_num_threads())
+"""
+    assert run_python(script).strip() == "1"
+
+
 def test_set_threads_bounds() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         set_threads(0)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import torch
 from llvmlite import binding
 from numba.extending import register_jitable
 
@@ -40,11 +41,17 @@ class Kernel:
         """The machine code, from the cache if it is there. (Dispatcher of Numba.)"""
         with self._lock:
             if self._compiled is None:
-                dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=True)(self._function)
-                _enable_cache(dispatcher)
-                dispatcher.compile(self._signature)
-                self._compiled = dispatcher
+                self._compiled = self._load()
             return self._compiled
+
+    def _load(self) -> Callable[..., Any]:
+        dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=True)(self._function)
+        _enable_cache(dispatcher)
+        torch_threads = torch.get_num_threads()
+        dispatcher.compile(self._signature)
+        if torch.get_num_threads() != torch_threads:  # starting Numba's OpenMP threads sets torch's number too
+            torch.set_num_threads(torch_threads)
+        return dispatcher
 
 
 def _enable_cache(dispatcher: Any) -> None:
