@@ -151,6 +151,12 @@ def first_true(mask: torch.Tensor) -> int:
     return int(torch.cat([mask, torch.tensor([True])]).int().argmax())
 
 
+@pytest.fixture(autouse=True)
+def both_forms_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the short prompts of these tests take the form of long chunks too."""
+    monkeypatch.setattr(latent_attention, "ABSORBED_UP_TO", 8)
+
+
 def test_bfloat16(case: Case) -> None:
     """One other choice of an expert changes its position by much, so medians are judged."""
     reference = case.reference
