@@ -151,14 +151,16 @@ class Trainer:
 class Threads:
     """One thread, or two while nobody else wants the second processor.
 
-    Two threads on one free processor wait for each other at every loop, and steps take ten times as long. So the
-    load average decides, and a sudden slow step at once; the second thread has the lowest priority.
+    Two threads on one free processor wait for each other at every loop, and steps take ten times as long. So what
+    else is runnable decides, and a sudden slow step at once; the second thread has the lowest priority.
     """
 
-    OTHERS, SLOW, PAUSE = 0.5, 2.5, 30  # load of others that is still nobody; times the best step; steps
+    OTHERS, SLOW, PAUSE = 0.3, 2.5, 30  # processes of others that are still nobody; times the best step; steps
+    FORGET = 0.15  # weight of the newest count of others in their mean
 
     def __init__(self, fixed: int) -> None:
-        self.fixed, self.best, self.pause = fixed, float("inf"), 0
+        self.fixed, self.best, self.pause, self.others = fixed, float("inf"), 0, 1.0
+        torch.set_flush_denormal(True)  # attention's faint probabilities made steps half as fast again
         torch.set_num_threads(fixed or 2)
         before = set(os.listdir("/proc/self/task"))
         torch.rand(512, 512) @ torch.rand(512, 512)  # starts the second thread
@@ -176,8 +178,9 @@ class Threads:
         self.best, self.pause = min(self.best, seconds), self.pause - 1
         if self.count == 2 and seconds > self.SLOW * self.best:
             self.pause = self.PAUSE
-        idle = os.getloadavg()[0] - self.count < self.OTHERS
-        torch.set_num_threads(2 if idle and self.pause <= 0 else 1)
+        runnable = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+        self.others += self.FORGET * (runnable - 1 - self.others)
+        torch.set_num_threads(2 if self.others < self.OTHERS and self.pause <= 0 else 1)
 
 
 def produce(queue: Any, options: Options, start: int, progress: Any) -> None:
