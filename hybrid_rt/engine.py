@@ -19,6 +19,7 @@ from hybrid_rt.tokenizer import Tokenizer
 from hybrid_rt.trace import Trace, trace_chunks
 from hybrid_rt.transformer import Transformer
 from offload.backend import CpuBackend
+from offload.experts import ExpertBuffers
 from offload.sizes import format_size, parse_size
 from quant.checkpoint import Checkpoint
 from quant.config import ModelConfig
@@ -38,20 +39,19 @@ class Engine:
 
     def __init__(
         self,
-        folder: Path,
+        checkpoint: Checkpoint,
         transformer: Transformer,
-        config: ModelConfig,
+        buffers: ExpertBuffers,
         tokenizer: Tokenizer,
-        default_sampling: Sampling,
         context: int,
         notes: list[str],
     ) -> None:
-        self.folder, self.transformer = folder, transformer
-        self.config, self.tokenizer = config, tokenizer
-        self.default_sampling = default_sampling
+        self.folder, self.config = checkpoint.folder, checkpoint.config
+        self.transformer, self.buffers, self.tokenizer = transformer, buffers, tokenizer
         self.context, self.notes = context, notes
-        self.prefill_chunk = min(PREFILL_CHUNK, context)
-        self.scale = softmax_scale(config)
+        self.default_sampling = load_sampling(self.folder)
+        self.prefill_chunk = buffers.max_tokens
+        self.scale = softmax_scale(self.config)
 
     @classmethod
     def load(
@@ -85,9 +85,10 @@ class Engine:
                 f"{config.vocab_size} rows; take tokenizer.json from the same model"
             )
         use_threads(threads)
-        transformer = load_transformer(checkpoint, DTYPES[dtype], CpuBackend(), min(PREFILL_CHUNK, context))
-        sampling = load_sampling(checkpoint.folder)
-        return cls(checkpoint.folder, transformer, config, tokenizer, sampling, context, notes)
+        backend = CpuBackend()
+        buffers = ExpertBuffers(config, backend, min(PREFILL_CHUNK, context))
+        transformer = load_transformer(checkpoint, DTYPES[dtype], backend, buffers)
+        return cls(checkpoint, transformer, buffers, tokenizer, context, notes)
 
     def session(self) -> Session:
         """A conversation of its own, with an empty cache."""
@@ -105,7 +106,11 @@ class Engine:
     def forward(self, ids: torch.Tensor, cache: LatentCache) -> torch.Tensor:
         """Append up to `prefill_chunk` tokens (int64 [T]) to `cache`; returns their final states [T, dim]."""
         context = CachedAttention(cache, ids.shape[0], self.scale)
-        states = self.transformer(ids, context)
+        try:
+            states: torch.Tensor = self.transformer(ids, context)
+        except BaseException:  # Ctrl+C among others: the next forward pass needs the buffers
+            self.buffers.abandon()
+            raise
         cache.length += ids.shape[0]
         return states
 

@@ -20,7 +20,7 @@ TAG_TOKENS = 16  # enough of a prompt's end to hold the opening tag, however it 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-class Cancelled(Exception):
+class CancelledError(Exception):
     """`Session.cancel` was called between two chunks of a prompt."""
 
 
@@ -110,7 +110,7 @@ def generate(session: "Session", ids: Sequence[int], sampling: Sampling) -> Iter
     started = time.perf_counter()
     try:
         known, logits = session.prefill(ids)
-    except Cancelled:
+    except CancelledError:
         return
     decode_started = time.perf_counter()
     timings = Timings(len(ids), len(ids) - known, decode_started - started)

@@ -39,9 +39,9 @@ class CheckpointParts:
         return w1, w2, w3
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, backend: Backend, max_tokens: int) -> Transformer:
-    """The model of `checkpoint`, for forward passes of up to `max_tokens` tokens."""
-    config = checkpoint.config
-    buffers = ExpertBuffers(config, backend, max_tokens)
+def load_transformer(
+    checkpoint: Checkpoint, dtype: torch.dtype, backend: Backend, buffers: ExpertBuffers
+) -> Transformer:
+    """The model of `checkpoint`, for forward passes of as many tokens as `buffers` hold."""
     parts = CheckpointParts(checkpoint, dtype, backend, buffers)
-    return Transformer(config, parts, dtype, len(checkpoint.mtp_layers)).eval()
+    return Transformer(checkpoint.config, parts, dtype, len(checkpoint.mtp_layers)).eval()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from safetensors.torch import save_file
 
-from hybrid_rt.generation import Cancelled, Step, generate
+from hybrid_rt.generation import CancelledError, Step, generate
 from hybrid_rt.sampling import Sampling
 from quant.errors import CheckpointError, ContextError
 from quant.safetensors_file import SafetensorsFile
@@ -40,7 +40,7 @@ class Session:
     def append(self, ids: Sequence[int]) -> torch.Tensor:
         """Run `ids` through the model in chunks. Returns the last one's logits, float32 [vocab].
 
-        Raises ContextError when they do not fit, the session being unchanged, and Cancelled between two chunks.
+        Raises ContextError when they do not fit, the session being unchanged, and CancelledError between two chunks.
         """
         checked = self.engine.check_ids(ids)
         if len(checked) > self.room:
@@ -50,7 +50,7 @@ class Session:
             )
         for number, chunk in enumerate(checked.split(self.engine.prefill_chunk)):
             if number and self.cancelled:
-                raise Cancelled
+                raise CancelledError
             states = self.engine.forward(chunk, self.cache)
             self.tokens.extend(chunk.tolist())
         return self.engine.head(states[-1:])[0]

@@ -47,7 +47,7 @@ class ExpertBuffers:
     def __init__(self, config: ModelConfig, backend: Backend, max_tokens: int) -> None:
         dim, top_k, inter_dim = config.dim, config.n_activated_experts, config.moe_inter_dim
         order, scratch = moe_scratch_sizes(max_tokens, top_k, config.n_routed_experts, dim, inter_dim)
-        self.max_tokens = max_tokens
+        self.backend, self.max_tokens = backend, max_tokens
         self.x = backend.allocate((max_tokens, dim), torch.float32, pinned=True)
         self.ids = backend.allocate((max_tokens, top_k), torch.int64, pinned=True)
         self.weights = backend.allocate((max_tokens, top_k), torch.float32, pinned=True)
@@ -56,6 +56,11 @@ class ExpertBuffers:
         self.scratch = backend.allocate((scratch,), torch.float32, pinned=True)
         self.stream, self.inputs_ready, self.outputs_ready = backend.stream("experts"), backend.event(), backend.event()
         self.pending: Pending | None = None
+
+    def abandon(self) -> None:
+        """Let go of work that nobody will sync, after a forward pass was interrupted."""
+        self.backend.synchronize()
+        self.pending = None
 
 
 class CpuExperts:

@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 
 from hybrid_rt.tokenizer import Tokenizer
+from tests.tiny_checkpoint import write_checkpoint
+from tests.tiny_tokenizer import write_tokenizer
+
+# As R1's newer template: it opens the thinking, and drops that of earlier answers.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content.split('</think>')[-1] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,3 +50,12 @@ def r1_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def r1(r1_folder) -> Tokenizer:
     return Tokenizer.load(r1_folder)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole small model with random weights, a tokenizer of bytes and a chat template that opens the thinking."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("chat"), seed=1)
+    write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder

@@ -189,3 +189,20 @@ def test_cancel_during_a_long_prompt(engine: Engine, session: Session) -> None:
         engine.prefill_chunk = whole
         del engine.forward
     assert greedy_ids(session, PROMPT) == greedy_ids(engine.session(), PROMPT)
+
+
+def test_an_interrupted_forward_pass_leaves_the_session_usable(engine: Engine, session: Session) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    expected = greedy_ids(engine.session(), PROMPT)
+    experts = engine.transformer.get_submodule("layers.1.ffn").experts
+    original = type(experts).sync
+    type(experts).sync = interrupt  # type: ignore[method-assign, union-attr]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            session.append(PROMPT)
+    finally:
+        type(experts).sync = original  # type: ignore[method-assign, union-attr]
+    assert session.tokens == []
+    assert greedy_ids(session, PROMPT) == expected
