@@ -334,10 +334,10 @@ for tokens in (1, 3, 16):
     assert max(grown) < rows * columns / 8
 
 
-def run_python(script: str, cache: Path | None = None) -> str:
+def run_python(script: str, cache: Path | None = None, **variables: str) -> str:
     """The output of a Python process of its own, which must succeed; `cache`: its user's cache folder."""
     folders = {} if cache is None else {"XDG_CACHE_HOME": str(cache), "LOCALAPPDATA": str(cache)}
-    environment = {**os.environ, **folders, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **folders, **variables, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -406,6 +406,32 @@ def test_dot_is_vector_code() -> None:
     (assembly,) = multiply.inspect_asm().values()
     vectors = [line for line in assembly.splitlines() if "vfmadd" in line and ("%ymm" in line or "%zmm" in line)]
     assert len(vectors) >= 4 and "vcvtph2ps" in assembly
+
+
+@pytest.mark.parametrize("features", ["", "+avx2,+f16c,+fma"])
+def test_older_processors_decode_and_multiply_exactly(features: str) -> None:
+    script = """
+import numba, numpy as np
+from quant.kernels import reference
+from quant.kernels.vector import FP8_CODE, make_decode, make_dot
+decode, dot = make_decode(FP8_CODE), make_dot(FP8_CODE, 1)
+
+@numba.njit
+def run(row, scale, k, out, x, result):
+    decode(row, scale, k, out)
+    dot((row, row, row, row), (x,), scale, k, result)
+
+codes, scale = np.arange(256, dtype=np.uint8), np.array([1.5, 0.25], np.float32)
+out, result, x = np.empty(256, np.float32), np.empty(4, np.float32), np.ones(256, np.float32)
+run(codes.ctypes.data, scale.ctypes.data, 256, out.ctypes.data, x.ctypes.data, result.ctypes.data)
+expected = reference.dequantize_fp8(codes[None], scale[None])[0]
+np.testing.assert_array_equal(out, expected)
+run(codes.ctypes.data, scale.ctypes.data, 99, out.ctypes.data, x.ctypes.data, result.ctypes.data)
+assert (result == expected[:99].sum()).all(), result
+"""
+    if "x86" not in platform.machine().lower():
+        pytest.skip("these are processors of x86")
+    run_python(script, NUMBA_CPU_NAME="haswell" if features else "generic", NUMBA_CPU_FEATURES=features)
 
 
 def test_callers_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:

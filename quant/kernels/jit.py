@@ -91,6 +91,7 @@ def _fingerprint() -> str:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
     digest.update((Path(__file__).parent.parent / "formats.py").read_bytes())
-    features = binding.get_host_cpu_features().flatten()
-    digest.update(f"{numba.__version__} {sys.version} {binding.get_host_cpu_name()} {features}".encode())
+    config: Any = numba.config
+    asked, features = f"{config.CPU_NAME} {config.CPU_FEATURES}", binding.get_host_cpu_features().flatten()
+    digest.update(f"{numba.__version__} {sys.version} {binding.get_host_cpu_name()} {features} {asked}".encode())
     return digest.hexdigest()[:16]

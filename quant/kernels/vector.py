@@ -3,13 +3,16 @@
 Every dot product has one order of summation: lane l of the accumulator takes k = l, l + 16, l + 32, ... with fused
 multiply-adds, then halves are added (8 + 8, 4 + 4, 2 + 2, 1 + 1). So a result does not depend on how many rows or
 tokens are multiplied together, on threads, or on whether weights were decoded before or on the way.
-LLVM splits the 16 lanes into what the processor has (one AVX-512, two AVX2, four SSE or NEON registers).
+LLVM splits the 16 lanes into what the processor has (one AVX-512, two AVX2, four SSE or NEON registers). Processors
+before Haswell have no fused multiply-add: there product and sum are each rounded.
 """
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+import numba
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -33,6 +36,17 @@ VF, VH = ir.VectorType(F32, LANES), ir.VectorType(ir.HalfType(), LANES)
 # going through float16 avoids float32 subnormals, which cost the processor a hundred cycles each.
 FP8_SHIFT, FP8_SIGN_AND_VALUE, FP8_NAN = 7, 0xBF80, 0x3F80
 FP8_FACTOR = 2.0**8
+FP8_SMALLEST = 2.0**-9
+
+
+def processor_has(feature: str) -> bool:
+    """Whether code may use an x86 instruction set (by LLVM's name); other processors have what is asked for here."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
+        return True
+    config: Any = numba.config
+    if config.CPU_NAME:
+        return f"+{feature}" in (config.CPU_FEATURES or "")
+    return bool(binding.get_host_cpu_features().get(feature))
 
 
 def _i64(value: int) -> ir.Constant:
@@ -88,10 +102,31 @@ def _decode(builder: Any, code: int, stored: Any, scale: Any) -> Any:
     if code == BF16_CODE:
         return builder.bitcast(builder.shl(builder.zext(stored, VI), _splat_bits(16)), VF)
     shifted = builder.shl(builder.sext(stored, VS), _splat_bits(FP8_SHIFT, VS))
-    value = builder.fpext(builder.bitcast(builder.and_(shifted, _splat_bits(FP8_SIGN_AND_VALUE, VS)), VH), VF)
+    half = builder.and_(shifted, _splat_bits(FP8_SIGN_AND_VALUE, VS))
+    value = builder.fpext(builder.bitcast(half, VH), VF) if processor_has("f16c") else _widen(builder, half)
     nan = _splat_bits(FP8_NAN, VS)
     is_nan = builder.icmp_unsigned("==", builder.and_(shifted, nan), nan)
     return builder.fmul(builder.select(is_nan, _splat_float(float("nan")), value), scale)
+
+
+def _widen(builder: Any, half: Any) -> Any:
+    """Float16 bits that hold an E4M3 value as float32, without the conversion instruction and without subnormals."""
+    bits = builder.zext(half, VI)
+    magnitude = builder.and_(bits, _splat_bits(FP8_NAN))
+    normal = builder.bitcast(builder.add(builder.shl(magnitude, _splat_bits(13)), _splat_bits((127 - 15) << 23)), VF)
+    mantissa = builder.sitofp(builder.lshr(magnitude, _splat_bits(FP8_SHIFT)), VF)
+    subnormal = builder.fmul(mantissa, _splat_float(FP8_SMALLEST / FP8_FACTOR))
+    is_normal = builder.icmp_unsigned(">=", magnitude, _splat_bits(8 << FP8_SHIFT))
+    sign = builder.shl(builder.and_(bits, _splat_bits(0x8000)), _splat_bits(16))
+    value = builder.bitcast(builder.select(is_normal, normal, subnormal), VI)
+    return builder.bitcast(builder.or_(value, sign), VF)
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    if not processor_has("fma"):
+        return builder.fadd(builder.fmul(a, b), c)
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VF, [VF] * 3), f"llvm.fma.v{LANES}f32")
+    return builder.call(fma, [a, b, c])
 
 
 def _sum_lanes(builder: Any, sums: list[Any]) -> Any:
@@ -183,7 +218,6 @@ def _emit_dot(builder: Any, code: int, tokens: int, args: Any) -> None:
     rows_arg, inputs_arg, scale, k, result = args
     rows = [builder.extract_value(rows_arg, r) for r in range(ROW_TILE)]
     inputs = [builder.extract_value(inputs_arg, t) for t in range(tokens)]
-    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VF, [VF] * 3), f"llvm.fma.v{LANES}f32")
 
     def step(at: Any, sums: list[Any], mask: Any) -> list[Any]:
         block_scale = _load_scale(builder, scale, at) if code == FP8_CODE else None
@@ -192,7 +226,7 @@ def _emit_dot(builder: Any, code: int, tokens: int, args: Any) -> None:
         for r, address in enumerate(rows):
             stored = _load(builder, _offset(builder, address, at, 4 >> code), STORED[code], mask)
             weight = _decode(builder, code, stored, block_scale)
-            after += [builder.call(fma, [weight, x[t], sums[r * tokens + t]]) for t in range(tokens)]
+            after += [_multiply_add(builder, weight, x[t], sums[r * tokens + t]) for t in range(tokens)]
         return after
 
     sums = _loop_over_k(builder, k, [_splat_float(0.0)] * (ROW_TILE * tokens), step)
