@@ -1,16 +1,30 @@
-"""Training nano-r1: the loss falls, a resumed run goes on as if nothing had happened."""
+"""Training nano-r1: the loss falls, a resumed run goes on as if nothing had happened, and what is written out runs."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from quant.config import ModelConfig
-from tools.nano_r1.model import Rows, causal_attention, grouped_mm, nano_config, pack
+from hybrid_rt.engine import Engine
+from quant.checkpoint import Checkpoint
+from quant.config import ModelConfig, parse_config
+from tools.nano_r1.decode import decode_greedily
+from tools.nano_r1.evaluate import Score, examine, load
+from tools.nano_r1.export import export
+from tools.nano_r1.model import CONFIG, PackedContext, Rows, Trainee, causal_attention, grouped_mm, pack
+from tools.nano_r1.optim import orthogonalize
 from tools.nano_r1.train import CHECKPOINT, Options, Trainer, rate_at
 
-TINY = replace(nano_config(), dim=64, inter_dim=64, n_layers=2, n_heads=2, q_lora_rank=64, kv_lora_rank=64)
+FIELDS = CONFIG | {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+}
+TINY = parse_config(FIELDS)
 
 
 def examples(seed: int) -> Rows:
@@ -83,3 +97,61 @@ def test_attention_sees_its_own_row_up_to_itself() -> None:
     expected = torch.autograd.grad(naive.square().sum(), (q, k, v))
     ours = torch.autograd.grad(out.square().sum(), (q, k, v))
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, expected, strict=True))
+
+
+def test_orthogonal_matrices_come_out() -> None:
+    stack = torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(0))
+    for wide in (orthogonalize(stack), orthogonalize(stack.mT).mT):
+        values = torch.linalg.svdvals(wide)
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def next_tokens(trainee: Trainee, ids: list[int]) -> torch.Tensor:
+    """Logits [L, vocab] without a cache."""
+    rows = pack(torch.tensor([ids]), torch.ones(1, len(ids)), len(ids))
+    with torch.no_grad():
+        states = trainee.model(rows.ids, PackedContext(trainee.config, rows.positions, rows.shape))
+        return trainee.model.head(states)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
+    """A tiny trained model, and the folder that it was exported to."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("nano")
+    trainee = trainer(out)
+    for seed in range(10):
+        trainee.step(examples(seed))
+    trainee.save(out / CHECKPOINT)
+    assert export(out / CHECKPOINT, out / "exported", FIELDS).config == TINY
+    return trainee, out / "exported"
+
+
+def test_the_exported_model_says_what_the_trained_one_says(trained: tuple[Trainer, Path]) -> None:
+    trainee, folder = trained
+    engine = Engine.load(folder, dtype="float32", context=64)
+    ids = list(range(8, 28))
+    expected = next_tokens(trainee.trainee, ids)
+    difference = (engine.logits(ids) - expected).abs().max()
+    assert difference < 0.05 * expected.abs().max()  # FP8 rounds to 3 bits after the first
+    exported = next_tokens(load(Checkpoint.open(folder)), ids)
+    assert torch.allclose(engine.logits(ids), exported, atol=1e-3)
+
+
+def test_decoding_many_at_once_is_decoding_each(trained: tuple[Trainer, Path]) -> None:
+    model = load(Checkpoint.open(trained[1]))
+    prompts = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
+    for prompt, answer in zip(prompts, decode_greedily(model.model, TINY, prompts, 6), strict=True):
+        logits = next_tokens(model, prompt + answer)
+        assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+def test_use_counts_every_token_once_a_layer(trained: tuple[Trainer, Path]) -> None:
+    use = examine(load(Checkpoint.open(trained[1])), [([8, 9, 10, 11], 1), (list(range(12, 30)), 4)])
+    assert [sum(shares) for shares in use.experts.values()] == pytest.approx([TINY.n_routed_experts] * 2)
+    assert 0 <= use.mtp_accepted <= 1
+
+
+def test_wilson_interval() -> None:
+    low, high = Score("add", 95, 100, 1.0).interval()
+    assert (low, high) == pytest.approx((0.8882, 0.9785), abs=1e-4)
