@@ -11,8 +11,8 @@ The order of work for one layer; `main` is the model's stream, `experts` the str
     sync    main     wait   outputs
             main     copy   `out` to the device
 
-The buffers are one set: a second submit before sync overwrites them, and sync then refuses the first. (So an
-interrupted forward pass leaves nothing to clean up.) `Pending` keeps the device tensors that the copies read alive.
+The buffers are one set: a second submit before sync overwrites them, and sync then refuses the first. `Pending` keeps
+the device tensors that the copies read alive; `ExpertBuffers.abandon` frees them when nobody will sync.
 """
 
 from collections.abc import Sequence

@@ -105,6 +105,17 @@ def test_overtaken_and_synced_work_is_refused() -> None:
         layer.sync(latest)
 
 
+def test_abandoned_work_frees_its_inputs() -> None:
+    layer = make_layer(CpuBackend())
+    x, (ids, weights) = torch.randn(2, DIM), route(2)
+    pending = layer.submit(x, ids, weights)
+    layer.buffers.abandon()
+    assert layer.buffers.pending is None
+    with pytest.raises(RuntimeError, match="not the latest"):
+        layer.sync(pending)
+    assert layer.sync(layer.submit(x, ids, weights)).isfinite().all()
+
+
 def test_experts_out_of_range_are_refused_and_leave_the_layer_usable() -> None:
     layer = make_layer(CpuBackend())
     x, (ids, weights) = torch.randn(2, DIM), route(2)
