@@ -11,13 +11,14 @@ from hybrid_rt.engine import Engine
 from hybrid_rt.generation import Completion, collect
 from hybrid_rt.sampling import Sampling
 from quant.errors import Dsr1Error
+from quant.kernels import kernels_cached
 
 
 def answer(options: RunOptions, prompt: str, as_json: bool) -> None:
     """Answer `prompt`: streamed to standard output, or as one JSON object."""
     if not prompt.strip():
         raise Dsr1Error("the prompt is empty; give a text with -p or on standard input")
-    engine, sampling = load_engine(options), None
+    engine = load_engine(options)
     sampling = choose_sampling(engine, options)
     ids = engine.prompt_ids(conversation(options, prompt), think=options.think)
     steps = engine.generate(ids, sampling)
@@ -29,6 +30,8 @@ def answer(options: RunOptions, prompt: str, as_json: bool) -> None:
 
 def load_engine(options: RunOptions) -> Engine:
     """The engine that the options ask for; what the user should know about it goes to standard error."""
+    if not kernels_cached():
+        say("compiling kernels for this processor; this is done once and takes some seconds")
     engine = Engine.load(
         options.model,
         gpu_mem=options.gpu_mem,

@@ -24,7 +24,7 @@ from offload.sizes import format_size, parse_size
 from quant.checkpoint import Checkpoint
 from quant.config import ModelConfig
 from quant.errors import ContextError, DeviceError, Dsr1Error, TokenizerError
-from quant.kernels.threads import set_threads
+from quant.kernels import set_threads
 
 DEFAULT_CONTEXT = 32768
 PREFILL_CHUNK = 512

@@ -157,6 +157,13 @@ def test_a_damaged_tokenizer(copy: Path) -> None:
     assert "tokenizer.json" in refused(dsr1("run", copy, "-p", "Hi"))
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_compiling_is_announced(chat_folder: Path, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.run.kernels_cached", lambda: cached)
+    done = dsr1("run", chat_folder, "--json", "-p", "Hi", "--max-new-tokens", 1)
+    assert ("compiling kernels" in done.stderr) is not cached
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         dsr1("run", tmp_path, "-p", "Hi", "--debug")

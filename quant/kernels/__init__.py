@@ -9,6 +9,7 @@ threads.py  how many threads
 reference.py  the same results in plain NumPy, for tests
 """
 
+from quant.kernels.jit import kernels_cached
 from quant.kernels.threads import set_threads, thread_count
 
-__all__ = ["set_threads", "thread_count"]
+__all__ = ["kernels_cached", "set_threads", "thread_count"]

@@ -80,6 +80,12 @@ def cache_folder() -> Path | None:
         return None
 
 
+def kernels_cached() -> bool:
+    """Whether an earlier process left machine code on disk; if not, the first call of each kernel takes seconds."""
+    folder = cache_folder()
+    return folder is not None and any(folder.rglob("*.nbc"))
+
+
 def _user_cache() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")

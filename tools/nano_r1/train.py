@@ -164,7 +164,7 @@ class Threads:
         torch.set_num_threads(fixed or 2)
         before = set(os.listdir("/proc/self/task"))
         torch.rand(512, 512) @ torch.rand(512, 512)  # starts the second thread
-        for thread in set(os.listdir("/proc/self/task")) - before:
+        for thread in set(os.listdir("/proc/self/task")) - before if not fixed else ():
             os.setpriority(os.PRIO_PROCESS, int(thread), 19)  # two until the first step: it compiles parallel loops
 
     @property
