@@ -160,7 +160,6 @@ class Threads:
 
     def __init__(self, fixed: int) -> None:
         self.fixed, self.best, self.pause, self.others = fixed, float("inf"), 0, 1.0
-        torch.set_flush_denormal(True)  # attention's faint probabilities made steps half as fast again
         torch.set_num_threads(fixed or 2)
         before = set(os.listdir("/proc/self/task"))
         torch.rand(512, 512) @ torch.rand(512, 512)  # starts the second thread
@@ -213,6 +212,9 @@ class Source:
 
 def train(options: Options, config: ModelConfig) -> Trainer:
     """Train until the minutes are used up; log and save on the way."""
+    # Denormal numbers, attention's faint probabilities, made steps half as long again, and twice with two threads.
+    # Before all else, for threads inherit the setting when they start.
+    torch.set_flush_denormal(True)
     options.out.mkdir(parents=True, exist_ok=True)
     trainer, threads = Trainer(options, config), Threads(options.threads)
     if (options.out / CHECKPOINT).exists():
