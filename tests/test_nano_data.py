@@ -255,8 +255,3 @@ def test_stream_shapes_and_padding():
         assert batch.ids.min() >= 0 and batch.ids.max() < tokenizer.VOCAB_SIZE
     padding = np.mean([np.mean(b.ids == tokenizer.PAD_ID) for b in run])
     assert padding < 0.15
-
-
-def test_shares_sum_to_one():
-    for first_or_last in zip(*SHARES.values(), strict=True):
-        assert sum(first_or_last) == pytest.approx(1)

@@ -10,7 +10,7 @@ from .serialize import Example, Exchange, prompt_text, serialize, serialize_cut
 from .tasks import TASKS
 from .tokenizer import encode
 
-# Shares of the tokens at progress 0 and 1; in between they move linearly.
+# Relative shares of the tokens at progress 0 and 1; in between they move linearly.
 SHARES: dict[str, tuple[float, float]] = {
     "practice": (0.14, 0.03),
     "count": (0.18, 0.17),
