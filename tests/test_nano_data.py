@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tools.nano_r1 import tokenizer
 from tools.nano_r1.chat import ABILITIES, chat
-from tools.nano_r1.mixture import SHARES, conversation, long_conversation
+from tools.nano_r1.mixture import conversation, long_conversation
 from tools.nano_r1.serialize import Exchange, prompt_text, serialize, serialize_cut
 from tools.nano_r1.stream import BLOCK, BUCKETS, batches
 from tools.nano_r1.tasks import TASKS
