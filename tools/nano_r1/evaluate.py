@@ -5,9 +5,13 @@ python -m tools.nano_r1.evaluate hybrid_rt/nano_r1 --json result.json
 
 import argparse
 import json
-import time
+import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -48,14 +52,24 @@ class Score:
 
 @dataclass(frozen=True)
 class Use:
-    """Shares over all evaluated sequences. `experts` are multiples of a fair share: layer -> one number an expert."""
+    """Counts over evaluated sequences: tokens of each expert [MoE layers, E], and drafts of the MTP module."""
 
-    experts: dict[int, list[float]]
-    mtp_accepted: float
+    tokens: torch.Tensor
+    accepted: float
+    drafted: float
+
+    def __add__(self, other: "Use") -> "Use":
+        return Use(self.tokens + other.tokens, self.accepted + other.accepted, self.drafted + other.drafted)
 
     @property
-    def least(self) -> float:
-        return min(min(shares) for shares in self.experts.values())
+    def shares(self) -> torch.Tensor:
+        """Multiples of a fair share. The MTP layer's experts come last."""
+        return self.tokens / self.tokens.mean(dim=1, keepdim=True)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that are the token which the model chooses."""
+        return self.accepted / self.drafted
 
 
 Sequence = tuple[list[int], int]  # token ids, and the number of them that were the prompt
@@ -96,9 +110,8 @@ def is_correct(task: Any, problem: Any, answer: list[int]) -> bool:
 @torch.inference_mode()
 def examine(trainee: Trainee, sequences: list[Sequence]) -> Use:
     """Route all sequences once more, and compare the MTP module's drafts with what the model said."""
-    layers = trainee.parts.expert_layers
-    load = {layer: torch.zeros(trainee.config.n_routed_experts) for layer in layers}
-    accepted = drafted = 0.0
+    layers = [experts for _, experts in sorted(trainee.parts.expert_layers.items())]
+    tokens, accepted, drafted = torch.zeros(len(layers), trainee.config.n_routed_experts), 0.0, 0.0
     for ids, mask in padded_batches(sequences):
         rows = pack(ids, mask, ids.numel())
         context = PackedContext(trainee.config, rows.positions, rows.shape)
@@ -106,10 +119,9 @@ def examine(trainee: Trainee, sequences: list[Sequence]) -> Use:
         logits = trainee.model.mtp[0](states, rows.target, trainee.model.rope(rows.positions), context)
         accepted += ((logits.argmax(-1) == rows.target_next) * rows.weight_next).sum().item()
         drafted += rows.weight_next.sum().item()
-        for layer, experts in layers.items():
-            chosen = experts.chosen[rows.real.bool()].flatten()
-            load[layer] += torch.bincount(chosen, minlength=len(load[layer]))
-    return Use({layer: (counts / counts.mean()).tolist() for layer, counts in load.items()}, accepted / drafted)
+        for counts, experts in zip(tokens, layers, strict=True):
+            counts += torch.bincount(experts.chosen[rows.real.bool()].flatten(), minlength=len(counts))
+    return Use(tokens, accepted, drafted)
 
 
 def padded_batches(sequences: list[Sequence]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -133,13 +145,30 @@ def as_markdown(scores: list[Score], use: Use) -> str:
             f"| {score.task} | {score.accuracy:.1%} | {low:.1%} – {high:.1%} | {score.problems} "
             f"| {score.mean_tokens:.0f} |"
         )
-    most = max(max(shares) for shares in use.experts.values())
+    least, most = use.shares.min(), use.shares.max()
     lines += [
         "",
-        f"Experts: the least used has {use.least:.2f} of its fair share, the most used {most:.2f}.",
-        f"MTP: {use.mtp_accepted:.1%} of the drafts are the token that the model chooses.",
+        f"Experts: the least used has {least:.2f} of its fair share, the most used {most:.2f}.",
+        f"MTP: {use.acceptance:.1%} of the drafts are the token that the model chooses.",
     ]
     return "\n".join(lines)
+
+
+def evaluate_task(folder: Path, name: str, problems: int, seed: int) -> tuple[Score, Use]:
+    """One task on one core: tasks run beside each other, which threads of one task would not do as well."""
+    torch.set_num_threads(1)
+    trainee = load(Checkpoint.open(folder))
+    score, sequences = measure(trainee, name, problems, seed)
+    print(f"{name}: {score.accuracy:.1%}", flush=True)
+    return score, examine(trainee, sequences)
+
+
+def evaluate(folder: Path, problems: int, seed: int) -> tuple[list[Score], Use]:
+    """All tasks, the one with the longest answers first."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        running = {name: pool.submit(evaluate_task, folder, name, problems, seed) for name in reversed(TASKS)}
+        results = [running[name].result() for name in TASKS]
+    return [score for score, _ in results], reduce(add, (use for _, use in results))
 
 
 def main() -> None:
@@ -147,20 +176,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="checkpoint folder")
     parser.add_argument("--problems", type=int, default=1000, help="for each task")
     parser.add_argument("--seed", type=int, default=0, help="of the problems and their wordings")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--json", type=Path, help="write the results here, too")
     arguments = parser.parse_args()
-    trainee, scores, sequences = load(Checkpoint.open(arguments.folder)), [], []
-    for name in arguments.tasks:
-        start = time.perf_counter()
-        score, said = measure(trainee, name, arguments.problems, arguments.seed)
-        print(f"{name}: {score.accuracy:.1%} in {time.perf_counter() - start:.0f} s", flush=True)
-        scores.append(score)
-        sequences += said
-    use = examine(trainee, sequences)
+    scores, use = evaluate(arguments.folder, arguments.problems, arguments.seed)
     print(as_markdown(scores, use))
     if arguments.json:
-        results = {"scores": [asdict(score) | {"interval": score.interval()} for score in scores], "use": asdict(use)}
+        results = {
+            "scores": [asdict(score) | {"interval": score.interval()} for score in scores],
+            "expert_shares": use.shares.tolist(),
+            "mtp_acceptance": use.acceptance,
+        }
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
