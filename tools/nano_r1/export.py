@@ -73,6 +73,7 @@ def export(training: Path, folder: Path, fields: dict[str, Any] = CONFIG) -> Che
     for number, part in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
         save_file(part, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors keeps files to their owner, and packages keep the mode
         weight_map |= dict.fromkeys(part, file)
     size = sum(tensor.nbytes for part in parts for tensor in part.values())
     _write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
