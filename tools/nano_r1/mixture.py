@@ -19,8 +19,8 @@ SHARES: dict[str, tuple[float, float]] = {
     "multiply": (0.16, 0.24),
     "compare": (0.10, 0.10),
     "countdown": (0.04, 0.20),
-    "chat": (0.05, 0.06),
-    "long": (0.01, 0.02),
+    "chat": (0.05, 0.10),
+    "long": (0.01, 0.04),
 }
 
 TASK_NAMES = list(TASKS)
@@ -77,7 +77,7 @@ def conversation(rng: Random, level: float) -> Example:
         earlier = [turn]
     else:
         last = any_exchange(rng, level)
-        earlier = [earlier_turn(any_exchange(rng, level), rng) for _ in range(rng.randint(1, 4))]
+        earlier = [earlier_turn(any_exchange(rng, level), rng) for _ in range(rng.randint(1, rng.choice([4, 14])))]
     return finish(last, prompt_text(last.question, some_system(rng), earlier), rng)
 
 

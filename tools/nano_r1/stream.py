@@ -14,12 +14,12 @@ import numpy as np
 
 from .mixture import SHARES, example, level_at, long_conversation, share
 from .serialize import Example
-from .tokenizer import CONTEXT, PAD_ID
+from .tokenizer import PAD_ID
 
 BLOCK = 256  # steps
 # The short lengths minimise padding (10 %) over the mixture's lengths.
-BUCKETS = (48, 64, 80, 96, 112, 144, 184, 232, 304, 512, 2048, CONTEXT)
-LONG = (2048, CONTEXT)
+BUCKETS = (48, 64, 80, 96, 112, 144, 184, 232, 304, 512, 1024, 2048)
+LONG = (1024, 2048)
 SHORT = BUCKETS[: -len(LONG)]
 
 
