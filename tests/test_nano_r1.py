@@ -64,11 +64,6 @@ def test_it_answers_when_its_thinking_is_cut_short(engine: Engine) -> None:
     assert ask(engine, "What is 4 + 3?", think=False).reasoning == ""
 
 
-def test_it_holds_a_conversation_of_several_turns(engine: Engine) -> None:
-    turns = ["hello", "Hello! How can I help?", "What is 2 + 3?", "2 + 3 = 5", "thanks", "You are welcome!"]
-    assert ask(engine, *turns, "What is 31 + 45?").text == "31 + 45 = 76"
-
-
 def test_its_context_ends_without_an_error(engine: Engine) -> None:
     turns: list[str] = []
     while len(engine.prompt_ids([{"role": "user", "content": turn} for turn in turns])) < engine.context - 60:
