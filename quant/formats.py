@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from quant.packed import PackedFormat
+from quant.packing import decode
+
 FP8_BLOCK_SIDE = 128
 
 
@@ -37,11 +40,12 @@ FORMATS = {fmt.name: fmt for fmt in (BF16, F32, FP8_BLOCK)}
 class QuantTensor:
     """One weight as it is stored.
 
-    data: `shape`, of the format's dtype, usually a view of a mapped file. scale: float32 of
-    `format.scale_shape(shape)`, each the multiplier of one block, or None.
+    data: usually a view of a mapped file. In a plain format: `shape`, of its dtype; scale: float32 of
+    `format.scale_shape(shape)`, each the multiplier of one block, or None. In a packed one: uint8
+    [format.nbytes(shape)], scales within.
     """
 
-    format: Format
+    format: Format | PackedFormat
     shape: tuple[int, ...]
     data: torch.Tensor
     scale: torch.Tensor | None = None
@@ -53,6 +57,8 @@ class QuantTensor:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The plain values, computed in float32 and rounded once to `dtype`. Shape: `shape`."""
+        if isinstance(self.format, PackedFormat):
+            return torch.from_numpy(decode(self.data.numpy(), self.format, self.shape)).to(dtype)
         if self.scale is None:
             return self.data.to(dtype)
         return (self.data.float() * spread_blocks(self.scale, self.shape, self.format)).to(dtype)

@@ -13,16 +13,17 @@ from .tokenizer import encode
 # Relative shares of the tokens at progress 0 and 1; in between they move linearly.
 SHARES: dict[str, tuple[float, float]] = {
     "practice": (0.14, 0.03),
-    "count": (0.18, 0.17),
-    "add": (0.16, 0.07),
-    "subtract": (0.14, 0.09),
-    "multiply": (0.16, 0.24),
-    "compare": (0.10, 0.10),
-    "countdown": (0.04, 0.20),
-    "chat": (0.05, 0.10),
-    "long": (0.01, 0.04),
+    "count": (0.16, 0.06),
+    "add": (0.16, 0.12),
+    "subtract": (0.14, 0.13),
+    "multiply": (0.16, 0.20),
+    "compare": (0.10, 0.11),
+    "countdown": (0.08, 0.22),
+    "chat": (0.05, 0.06),
+    "long": (0.01, 0.07),
 }
 
+TALKED = 0.4  # of the examples stand after earlier turns at the end of the training
 TASK_NAMES = list(TASKS)
 
 
@@ -70,15 +71,13 @@ def earlier_turn(exchange: Exchange, rng: Random) -> tuple[str, str]:
     return exchange.question, rng.choice(["", "\n\n"]) + exchange.answer
 
 
-def conversation(rng: Random, level: float) -> Example:
-    """A few turns; the last one is learnt."""
-    if rng.random() < 0.2:
-        turn, last = follow_up(rng, level)
-        earlier = [turn]
-    else:
-        last = any_exchange(rng, level)
-        earlier = [earlier_turn(any_exchange(rng, level), rng) for _ in range(rng.randint(1, rng.choice([4, 14])))]
-    return finish(last, prompt_text(last.question, some_system(rng), earlier), rng)
+def some_earlier(rng: Random, level: float, like: str = "") -> list[tuple[str, str]]:
+    """One to sixteen past turns, few more often than many; half of the time all of the task `like`, the hard case."""
+    same = bool(like) and rng.random() < 0.5
+    count = int(2 ** rng.uniform(0, 4))
+    return [
+        earlier_turn(task_exchange(like, rng, level) if same else any_exchange(rng, level), rng) for _ in range(count)
+    ]
 
 
 def long_conversation(rng: Random, level: float, tokens: int) -> Example:
@@ -117,10 +116,12 @@ def example(name: str, rng: Random, progress: float) -> Example:
         exchange = practice(rng)
         return serialize(exchange, prompt_text(exchange.question))
     if name == "chat":
-        roll = rng.random()
-        if roll < 0.5:
-            return conversation(rng, level)
-        exchange = chat(rng) if roll < 0.9 else beyond(rng)
+        if rng.random() < 0.3:
+            turn, exchange = follow_up(rng, level)
+            return finish(exchange, prompt_text(exchange.question, some_system(rng), [turn]), rng)
+        exchange = chat(rng) if rng.random() < 0.85 else beyond(rng)
     else:
         exchange = task_exchange(name, rng, level)
-    return finish(exchange, prompt_text(exchange.question, some_system(rng)), rng)
+    talked = rng.random() < TALKED * progress
+    earlier = some_earlier(rng, level, name if name in TASKS else "") if talked else []
+    return finish(exchange, prompt_text(exchange.question, some_system(rng), earlier), rng)

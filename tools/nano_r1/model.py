@@ -69,6 +69,7 @@ CONFIG: dict[str, Any] = {
 }
 
 EMBED_STD = 0.2
+FEWEST = 0.3  # share of a step's tokens; see masked_loss
 STARTS_AT_ZERO = ("wo", "w2", "head")  # so that every block begins as the identity, and all tokens as equals
 
 
@@ -385,9 +386,13 @@ class Trainee(nn.Module):
 
 
 def masked_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy where `mask` is 1.0."""
+    """Mean cross entropy where `mask` is 1.0.
+
+    Steps of long conversations hold few targets. Their sum is not divided by less than FEWEST of the tokens, or
+    every one of those targets would pull as hard as a hundred others.
+    """
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * mask).sum() / mask.sum().clamp(min=1.0)
+    return (losses * mask).sum() / mask.sum().clamp(min=FEWEST * len(mask))
 
 
 def nano_config() -> ModelConfig:

@@ -18,9 +18,9 @@ from .tokenizer import PAD_ID
 
 BLOCK = 256  # steps
 # The short lengths minimise padding (10 %) over the mixture's lengths.
-BUCKETS = (48, 64, 80, 96, 112, 144, 184, 232, 304, 512, 1024, 2048)
-LONG = (1024, 2048)
-SHORT = BUCKETS[: -len(LONG)]
+BUCKETS = (48, 64, 80, 96, 112, 144, 184, 232, 304, 400, 512, 1024, 2048, 4096)
+LONG = {512: 0.35, 1024: 0.3, 2048: 0.25, 4096: 0.1}  # how often
+SHORT = [length for length in BUCKETS if length <= 512]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def draw(rng: Random, progress: float, spent: dict[str, float]) -> tuple[Example
     """The example of the entry that lags most behind its share, and its bucket length."""
     name = min(SHARES, key=lambda n: spent[n] / share(n, progress))
     if name == "long":
-        length = rng.choice(LONG)
+        length = rng.choices(list(LONG), list(LONG.values()))[0]
         item = long_conversation(rng, level_at(progress), length)
     else:
         item = example(name, rng, progress)

@@ -6,7 +6,7 @@ import re
 from random import Random
 
 from .base import Task, restyle
-from .digits import add_text, compare_steps, reverse, row_steps, subtract_steps, unreverse
+from .digits import add_text, reverse, row_steps, subtract_text, unreverse
 
 Pair = tuple[int, int]
 
@@ -97,8 +97,10 @@ class Add(Arithmetic):
     ]
 
     def thinking(self, problem: Pair) -> str:
-        lines, total = add_text(*map(reverse, problem))
-        return f"{lines}\n{unreverse(total)}"
+        """The question's numbers as they stand, then reversed: copying and turning round are two steps."""
+        a, b = problem
+        lines, total = add_text(reverse(a), reverse(b))
+        return f"{a}+{b}\n{lines}\n{unreverse(total)}"
 
 
 class Subtract(Arithmetic):
@@ -123,14 +125,13 @@ class Subtract(Arithmetic):
         return (a, b) if rng.random() < 0.35 else (max(a, b), min(a, b))
 
     def thinking(self, problem: Pair) -> str:
-        """Padded digits decide which number is larger; the smaller is taken from it."""
-        width = max(len(str(n)) for n in problem)
-        a, b = (str(n).zfill(width) for n in problem)
-        compared, sign = compare_steps(a, b)
-        word, high, low = ("swap", b, a) if sign == "<" else ("keep", a, b)
-        steps, rest = subtract_steps(high[::-1], low[::-1])
-        lines = [f"{a}-{b}", f"{compared} {word}", f"{high[::-1]}-{low[::-1]}", steps, rest]
-        return "\n".join([*lines, ("-" if sign == "<" else "") + unreverse(rest)])
+        """Digit by digit from the right; where a borrow is left over, the other way round, and the sign turned."""
+        a, b = problem
+        lines, rest, borrow = subtract_text(reverse(a), reverse(b))
+        if not borrow:
+            return f"{a}-{b}\n{lines}\n{unreverse(rest)}"
+        swapped, rest, _ = subtract_text(reverse(b), reverse(a))
+        return f"{a}-{b}\n{lines}\nswap\n{b}-{a}\n{swapped}\n-{unreverse(rest)}"
 
 
 class Multiply(Arithmetic):
@@ -153,7 +154,7 @@ class Multiply(Arithmetic):
     def thinking(self, problem: Pair) -> str:
         """A partial product for each digit of the second number, summed as they come."""
         x, y = map(reverse, problem)
-        lines, total = [f"{x}*{y}"], ""
+        lines, total = ["{}*{}".format(*problem), f"{x}*{y}"], ""
         for shift, digit in enumerate(y):
             steps, row = row_steps(x, digit)
             row = "0" * shift + row

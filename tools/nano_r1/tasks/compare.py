@@ -75,7 +75,7 @@ class Compare(Task[Comparison]):
     always_test = frozenset({"9.11 9.8"})
 
     def draw(self, rng: Random, level: float) -> Comparison:
-        ask = rng.choices(list(WORDINGS), [7, 1.5, 1, 0.5])[0]
+        ask = rng.choices(list(WORDINGS), [6, 2, 2, 2])[0]
         whole = str(rng.randrange(10 ** rng.choices([1, 2, 3], [6, 3, 1])[0]))
         first = digits_of(rng.choices([0, 1, 2, 3, 4], [1, 5, 6, 4, 1])[0], rng)
         second = digits_of(rng.choices([0, 1, 2, 3, 4], [1, 5, 6, 4, 1])[0], rng)
@@ -99,10 +99,16 @@ class Compare(Task[Comparison]):
         return restyle(rng.choice(WORDINGS[ask]).format(a=a, b=b), rng)
 
     def thinking(self, problem: Comparison) -> str:
-        a, b, _ = problem
+        """Place by place; the last line puts the sign found to what was asked."""
+        a, b, ask = problem
         x, y = padded(a), padded(b)
         steps, sign = compare_steps(x.replace(".", ""), y.replace(".", ""))
-        return f"{x} {y}\n{steps}\n{a}{sign}{b}"
+        wanted = "<" if ask.endswith("smaller") else ">"
+        if ask.startswith("is"):
+            verdict = "yes" if sign == wanted else "no"
+        else:
+            verdict = "equal" if sign == "=" else a if sign == wanted else b
+        return f"{a} {b}\n{x} {y}\n{steps}\n{a}{sign}{b}\n{ask}? {verdict}"
 
     def answer(self, problem: Comparison) -> str:
         low, high = sorted([problem.a, problem.b], key=Decimal)

@@ -30,17 +30,18 @@ def add_steps(x: str, y: str) -> tuple[str, str]:
     return " ".join(steps), digits + ("1" if carry else "")
 
 
-def subtract_steps(x: str, y: str) -> tuple[str, str]:
-    """Subtract reversed y from reversed x >= y, both of one length.
+def subtract_steps(x: str, y: str) -> tuple[str, str, int]:
+    """Subtract reversed y from reversed x, both of one length.
 
     The steps are `x-y-borrow=BD`: B the borrow for the next step, D the digit.
+    The last borrow is 1 where y was the larger; the digits mean nothing then.
     """
     borrow, steps, digits = 0, [], ""
     for p, q in zip(x, y, strict=True):
         rest = int(p) - int(q) - borrow
         steps.append(f"{p}-{q}-{borrow}={int(rest < 0)}{rest % 10}")
         borrow, digits = int(rest < 0), digits + str(rest % 10)
-    return " ".join(steps), digits
+    return " ".join(steps), digits, borrow
 
 
 def row_steps(x: str, digit: str) -> tuple[str, str]:
@@ -74,3 +75,11 @@ def add_text(x: str, y: str) -> tuple[str, str]:
     x, y = x.ljust(width, "0"), y.ljust(width, "0")
     steps, total = add_steps(x, y)
     return f"{x}+{y}\n{steps}\n{total}", total
+
+
+def subtract_text(x: str, y: str) -> tuple[str, str, int]:
+    """The lines of a subtraction of reversed numbers, the reversed difference, and what `subtract_steps` borrowed."""
+    width = max(len(x), len(y))
+    x, y = x.ljust(width, "0"), y.ljust(width, "0")
+    steps, rest, borrow = subtract_steps(x, y)
+    return f"{x}-{y}\n{steps}" + ("" if borrow else f"\n{rest}"), rest, borrow

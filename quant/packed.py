@@ -1,0 +1,114 @@
+"""The packed formats: what `dsr1 quantize` writes and the CPU kernels read. docs/formats.md has them byte by byte.
+
+Only geometry stands here, no tensors: the planner counts bytes with it before torch is imported. quant/packing.py
+turns codes and scales into these bytes and back.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Literal
+
+TILE_ROWS = 16  # weight rows in a tile: the lanes of a vector
+BLOCK_K = 128  # columns in a block
+HEADER_BYTES = 128  # scales, at the start of each block
+RECORD_ALIGNMENT = 4096  # bytes; an expert can be read from disk, moved to a NUMA node or sliced as whole pages
+TENSOR_ALIGNMENT = 64
+
+# "bf16": one bfloat16 a group. "i6xbf16": a 6-bit integer a group, times one bfloat16 for each row of a block.
+ScaleKind = Literal["bf16", "i6xbf16"]
+
+# Fitted to groups of 16 Gaussian values whose scale may have either sign (tools/formats/fit_levels.py).
+GAUSS_16 = (-127, -107, -87, -69, -53, -38, -23, -10, 3, 16, 29, 42, 56, 71, 89, 113)
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How a matrix [N, K] is stored in blocks of 16 rows by 128 columns.
+
+    A value is level(code) times its group's scale, where level(code) is `levels[code]`, or code - `zero` without
+    levels. `group`: columns that share a scale.
+    """
+
+    name: str
+    bits: int
+    group: int
+    scale: ScaleKind
+    zero: int
+    levels: tuple[int, ...] | None = None
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: the header and the codes."""
+        return HEADER_BYTES + TILE_ROWS * BLOCK_K * self.bits // 8
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales included; padding of ragged shapes is not."""
+        return 8 * self.block_bytes / (TILE_ROWS * BLOCK_K)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a packed matrix of `shape` [N, K], padding included."""
+        return tiles(shape) * self.tile_bytes(shape)
+
+    def tile_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of one tile of 16 rows: its blocks lie one after the other."""
+        return blocks_per_row(shape) * self.block_bytes
+
+    def descriptor(self) -> dict[str, Any]:
+        """The format as a store's manifest describes it. A reader refuses a descriptor that it does not know whole."""
+        return {
+            "name": self.name,
+            "bits": self.bits,
+            "group": self.group,
+            "scale": self.scale,
+            "zero": self.zero,
+            "levels": None if self.levels is None else list(self.levels),
+            "tile_rows": TILE_ROWS,
+            "block_k": BLOCK_K,
+        }
+
+
+FAST = PackedFormat("fast", 4, 32, "bf16", zero=8)
+ACCURATE = PackedFormat("accurate", 4, 16, "i6xbf16", zero=0, levels=GAUSS_16)
+Q8 = PackedFormat("q8", 8, 32, "bf16", zero=128)
+PACKED_FORMATS = {fmt.name: fmt for fmt in (FAST, ACCURATE, Q8)}
+
+
+def tiles(shape: tuple[int, ...]) -> int:
+    """Tiles of 16 rows; the last one of a ragged matrix is filled up with rows of zeros."""
+    return ceil(shape[0] / TILE_ROWS)
+
+
+def blocks_per_row(shape: tuple[int, ...]) -> int:
+    """Blocks of 128 columns; the last one of a ragged matrix is filled up with zeros."""
+    return ceil(shape[1] / BLOCK_K)
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """Where the matrices of a routed expert lie in its record: gate (w1), up (w3), down (w2), one after the other.
+
+    w1 and w3: [inter, dim]; w2: [dim, inter].
+    """
+
+    format: PackedFormat
+    dim: int
+    inter_dim: int
+
+    @property
+    def w1(self) -> int:
+        return 0
+
+    @property
+    def w3(self) -> int:
+        return self.format.nbytes((self.inter_dim, self.dim))
+
+    @property
+    def w2(self) -> int:
+        return 2 * self.w3
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a record, filled up with zeros to whole pages of 4 KiB."""
+        used = self.w2 + self.format.nbytes((self.dim, self.inter_dim))
+        return ceil(used / RECORD_ALIGNMENT) * RECORD_ALIGNMENT
