@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tools.nano_r1 import tokenizer
 from tools.nano_r1.chat import ABILITIES, chat
-from tools.nano_r1.mixture import conversation, long_conversation
+from tools.nano_r1.mixture import example, long_conversation
 from tools.nano_r1.serialize import Exchange, prompt_text, serialize, serialize_cut
 from tools.nano_r1.stream import BLOCK, BUCKETS, batches
 from tools.nano_r1.tasks import TASKS
@@ -61,7 +61,8 @@ def test_answers_check_out(name):
 def test_addition_steps():
     for (a, b), text in samples("add"):
         check_columns(text)
-        head, _, total, answer = text.splitlines()
+        copied, head, _, total, answer = text.splitlines()
+        assert copied == f"{a}+{b}"
         assert [int(x[::-1]) for x in head.split("+")] == [a, b]
         assert int(total[::-1]) == int(answer) == a + b
 
@@ -69,17 +70,22 @@ def test_addition_steps():
 def test_subtraction_steps():
     for (a, b), text in samples("subtract"):
         check_columns(text)
-        head, compared, ordered, _, rest, answer = text.splitlines()
-        assert [int(x) for x in head.split("-")] == [a, b]
-        assert compared.endswith("swap" if a < b else "keep")
-        assert [int(x[::-1]) for x in ordered.split("-")] == [max(a, b), min(a, b)]
+        if a < b:
+            first, text = text.split("\nswap\n")
+            copied, turned, steps = first.splitlines()
+            assert copied == f"{a}-{b}" and [int(x[::-1]) for x in turned.split("-")] == [a, b]
+            assert steps[-2] == "1"  # a borrow that nothing pays
+        copied, turned, _, rest, answer = text.splitlines()
+        assert copied == f"{max(a, b)}-{min(a, b)}"
+        assert [int(x[::-1]) for x in turned.split("-")] == [max(a, b), min(a, b)]
         assert int(rest[::-1]) == abs(a - b) and int(answer) == a - b
 
 
 def test_multiplication_steps():
     for (a, b), text in samples("multiply"):
         check_columns(text)
-        lines = text.splitlines()
+        copied, *lines = text.splitlines()
+        assert copied == f"{a}*{b}"
         assert [int(x[::-1]) for x in lines[0].split("*")] == [a, b]
         assert int(lines[-2][::-1]) == int(lines[-1]) == a * b
         rows = [n for n, line in enumerate(lines) if n and "*" in line]
@@ -92,13 +98,19 @@ def test_multiplication_steps():
 
 
 def test_comparison_steps():
-    for (a, b, _), text in samples("compare"):
-        head, steps, end = text.splitlines()
+    for (a, b, ask), text in samples("compare"):
+        copied, head, steps, end, verdict = text.splitlines()
+        assert copied == f"{a} {b}"
         assert [Decimal(x) for x in head.split()] == [Decimal(a), Decimal(b)]
         for p, sign, q in re.findall(r"(\d)([<=>])(\d)", steps):
             assert sign == ("=" if p == q else "<" if p < q else ">")
         sign = "=" if Decimal(a) == Decimal(b) else "<" if Decimal(a) < Decimal(b) else ">"
         assert end == f"{a}{sign}{b}"
+        asked, found = verdict.split("? ")
+        low, high = sorted([a, b], key=Decimal)
+        answers = {"larger": high, "smaller": low} if sign != "=" else {"larger": "equal", "smaller": "equal"}
+        answers |= {"is larger": "yes" if sign == ">" else "no", "is smaller": "yes" if sign == "<" else "no"}
+        assert asked == ask and found == answers[ask]
 
 
 def test_count_spells_the_word():
@@ -225,9 +237,12 @@ def test_earlier_turns_have_no_thinking():
         item = long_conversation(rng, 1.0, length)
         assert 0.9 * length < len(item.ids) <= length
         assert item.ids.count(tokenizer.THINK_ID) == item.ids.count(tokenizer.END_THINK_ID) == 1
-    for _ in range(200):
-        item = conversation(rng, 1.0)
+    turns = []
+    for _ in range(300):
+        item = example(rng.choice(["add", "chat", "countdown"]), rng, 1.0)
         assert item.ids.count(tokenizer.THINK_ID) == item.ids.count(tokenizer.END_THINK_ID) == 1
+        turns.append(item.ids[: item.start].count(tokenizer.USER_ID))
+    assert 1 in turns and 2 in turns and max(turns) > 8
 
 
 def test_small_talk_is_answered():
