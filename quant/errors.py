@@ -23,3 +23,7 @@ class ContextError(Dsr1Error):
 
 class DeviceError(Dsr1Error):
     """A device was asked for that this machine or this version does not offer."""
+
+
+class StoreError(Dsr1Error):
+    """A store cannot be written, is not finished, or is not what its manifest says."""

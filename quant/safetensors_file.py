@@ -4,12 +4,10 @@ Layout: 8 bytes little-endian length of the header, the header (JSON: name -> dt
 Source: https://github.com/huggingface/safetensors, section Format.
 """
 
-import json
 import math
 import mmap
 import os
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from quant.errors import CheckpointError
+from quant.json_object import parse_json_object
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -55,12 +54,16 @@ class StoredTensor:
 
 @dataclass(frozen=True, eq=False)
 class SafetensorsFile:
-    """A file whose header has been checked: each tensor lies inside the file, and no two share a byte."""
+    """A file whose header has been checked: each tensor lies inside the file, and no two share a byte.
+
+    metadata: the header's `__metadata__`, unchecked.
+    """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
     data_start: int
     file_bytes: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     _mapping: list[weakref.ref[mmap.mmap]] = field(default_factory=list, repr=False)
 
     @classmethod
@@ -77,9 +80,9 @@ class SafetensorsFile:
                 f"{path} cannot be read ({error.strerror}); check the disk and its permissions"
             ) from None
         data_start = LENGTH_BYTES + len(header)
-        tensors = _parse_header(header, path)
+        tensors, metadata = _parse_header(header, path)
         _check_layout(tensors, file_bytes - data_start, path)
-        return cls(path, tensors, data_start, file_bytes)
+        return cls(path, tensors, data_start, file_bytes, metadata)
 
     @property
     def nbytes(self) -> int:
@@ -147,32 +150,15 @@ def _read_header(file: BinaryIO, file_bytes: int, path: Path) -> bytes:
     return file.read(length)
 
 
-def parse_json_object(text: bytes) -> dict[str, Any]:
-    """A JSON object in UTF-8. Raises ValueError for anything else, also for a key that stands twice."""
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if type(value) is not dict:
-        raise ValueError("it is not a JSON object")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"{twice!r} stands twice")
-    return fields
-
-
-def _parse_header(header: bytes, path: Path) -> dict[str, StoredTensor]:
+def _parse_header(header: bytes, path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """The tensors, and what `__metadata__` says, which nobody has to fill in."""
     try:
         entries = parse_json_object(header)
     except ValueError as error:
         raise damaged(path, f"its header cannot be read ({error})") from None
-    entries.pop("__metadata__", None)
-    return {name: _parse_entry(name, entry, path) for name, entry in entries.items()}
+    metadata = entries.pop("__metadata__", None)
+    tensors = {name: _parse_entry(name, entry, path) for name, entry in entries.items()}
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _parse_entry(name: str, entry: Any, path: Path) -> StoredTensor:

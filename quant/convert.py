@@ -1,0 +1,190 @@
+"""From a published checkpoint to a store: one file after the other, one strip of a matrix after the other.
+
+Memory holds a few strips, never a layer. What is finished stays finished: after a kill, the same call continues with
+the first file that is not there, and the store is the same to the byte.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from quant.checkpoint import Checkpoint
+from quant.encoding import encode
+from quant.errors import CheckpointError, StoreError
+from quant.files import new_file, sha256_of
+from quant.formats import FORMATS, FP8_BLOCK, FP8_BLOCK_SIDE, QuantTensor
+from quant.journal import check_target, conversion
+from quant.manifest import MANIFEST_NAME, FileRecord, Manifest
+from quant.packed import PACKED_FORMATS, PackedFormat
+from quant.progress import Meter, Progress
+from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe
+from quant.safetensors_writer import FilePlan, write_safetensors
+from quant.store_layout import STORE_VERSION, StoreEntry, plan_store
+
+STRIP_WEIGHTS = 1 << 24  # 64 MiB in float32, and enough rows to keep many cores busy
+MATRICES = 3  # of an expert: gate, up, down
+# What else belongs to a model, copied as it is.
+COPIED = (
+    "config.json",
+    "tokenizer*.json",
+    "generation_config.json",
+    "chat_template.*",
+    "special_tokens_map.json",
+    "LICENSE*",
+)
+
+
+def convert(
+    source: Checkpoint,
+    folder: Path,
+    recipe_name: str = DEFAULT_RECIPE,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Manifest:
+    """Write the store of `source` into `folder`, or finish one that was begun there. `progress` is called often.
+
+    Raises StoreError if the folder cannot take it, and CheckpointError for a weight that is not a number.
+    """
+    recipe = replace(find_recipe(recipe_name), embedding=_embedding_format(source))
+    plans = plan_store(source.inventory, recipe)
+    copies = copied_files(source.folder)
+    check_target(folder)
+    _check_space(folder, plans)
+    total = sum(plan.nbytes for plan in plans.values()) + sum(copies.values())
+    meter = Meter(total, progress)
+    with conversion(folder, _task(source, recipe, copies)):
+        files = {name: _copy(source.folder / name, folder / name, meter) for name in copies}
+        for name, plan in plans.items():
+            files[name] = _write(source, folder / name, plan, meter)
+        manifest = Manifest(recipe, len(source.mtp_layers), files)
+        with new_file(folder / MANIFEST_NAME) as file:
+            file.write(manifest.to_json())
+    return manifest
+
+
+def copied_files(folder: Path) -> dict[str, int]:
+    """Names and bytes of the files of a checkpoint that a store takes over."""
+    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    return {path.name: path.stat().st_size for path in sorted(found)}
+
+
+def _embedding_format(source: Checkpoint) -> str:
+    """Float32 only if the checkpoint holds an embedding, the model's or an MTP layer's, in float32."""
+    names = ["embed", *(f"layers.{layer}.embed" for layer in source.mtp_layers)]
+    return max(source.weight(name).format.name for name in names)  # "bf16" < "f32"
+
+
+def _task(source: Checkpoint, recipe: Recipe, copies: Iterable[str]) -> dict[str, str]:
+    """What the journal says of a conversion."""
+    return {"version": str(STORE_VERSION), "recipe": recipe.name, "source": fingerprint(source, copies)}
+
+
+def fingerprint(source: Checkpoint, copies: Iterable[str]) -> str:
+    """SHA-256 over the copied files whole, and name, size and header of each shard, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in copies:
+        digest.update(f"{name} {sha256_of(source.folder / name)}\n".encode())
+    for shard in source.shards:
+        digest.update(f"{shard.path.name} {shard.file_bytes}\n".encode())
+        with shard.path.open("rb") as file:
+            digest.update(file.read(shard.data_start))
+    return digest.hexdigest()
+
+
+def _check_space(folder: Path, plans: dict[str, FilePlan[StoreEntry]]) -> None:
+    """Refuse before the first byte what would fill the disk. Temporary files of an earlier run are written over."""
+    there = folder if folder.exists() else next(parent for parent in folder.absolute().parents if parent.exists())
+    begun = sum(path.stat().st_size for path in folder.glob("*.safetensors*"))
+    short = sum(plan.nbytes for plan in plans.values()) - begun - shutil.disk_usage(there).free
+    if short > 0:
+        raise StoreError(
+            f"the store needs {short / 2**30:.1f} GiB more than the disk of {there} has free; "
+            "free as much, or give a folder on another disk"
+        )
+
+
+def _copy(source: Path, path: Path, meter: Meter) -> FileRecord:
+    data = source.read_bytes()
+    with new_file(path, meter.of(path.name)) as file:
+        file.write(data)
+    return FileRecord(len(data), file.sha256)
+
+
+def _write(source: Checkpoint, path: Path, plan: FilePlan[StoreEntry], meter: Meter) -> FileRecord:
+    """Write a file of the store, unless an earlier run has finished it."""
+    report = meter.of(path.name)
+    if _is_written(path, plan):
+        return FileRecord(plan.nbytes, sha256_of(path, report))
+    return FileRecord(plan.nbytes, write_safetensors(path, plan, lambda entry: stored_values(source, entry), report))
+
+
+def _is_written(path: Path, plan: FilePlan[StoreEntry]) -> bool:
+    if not path.exists() or path.stat().st_size != plan.nbytes:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(plan.head)) == plan.head
+
+
+def stored_values(source: Checkpoint, entry: StoreEntry) -> Iterator[memoryview]:
+    """The bytes of one entry of a store, in pieces."""
+    fmt = PACKED_FORMATS.get(entry.representation)
+    if not entry.record_bytes:
+        [spec] = entry.specs
+        yield from _tensor_values(source, spec.name, entry.representation)
+        return
+    assert fmt is not None
+    for first in range(0, len(entry.specs), MATRICES):
+        names = [spec.name for spec in entry.specs[first : first + MATRICES]]
+        yield from _record_values(source, names, fmt, entry.record_bytes)
+
+
+def _record_values(
+    source: Checkpoint, names: Iterable[str], fmt: PackedFormat, record_bytes: int
+) -> Iterator[memoryview]:
+    """One expert: gate, up and down, filled up with zeros."""
+    used = 0
+    for name in names:
+        for piece in _tensor_values(source, name, fmt.name):
+            used += len(piece)
+            yield piece
+    yield memoryview(bytes(record_bytes - used))
+
+
+def _tensor_values(source: Checkpoint, name: str, representation: str) -> Iterator[memoryview]:
+    for strip in strips(source.weight(name)):
+        if representation not in PACKED_FORMATS:
+            yield _bytes_of(strip.dequantize(FORMATS[representation].dtype))
+            continue
+        try:
+            yield _bytes_of(encode(strip.dequantize(torch.float32), PACKED_FORMATS[representation]))
+        except ValueError as error:
+            published = source.inventory.by_name[name].source
+            raise CheckpointError(
+                f"{source.folder}: tensor {published!r} cannot be quantised ({error}); download the model again"
+            ) from None
+
+
+def strips(weight: QuantTensor) -> Iterator[QuantTensor]:
+    """Whole rows of a plain or FP8 tensor, as views: multiples of 128, so that FP8 blocks and row tiles stay whole."""
+    if len(weight.shape) == 1:
+        yield weight
+        return
+    rows, columns = weight.shape
+    step = max(STRIP_WEIGHTS // columns // FP8_BLOCK_SIDE, 1) * FP8_BLOCK_SIDE
+    for start in range(0, rows, step):
+        yield _rows(weight, start, min(start + step, rows))
+
+
+def _rows(weight: QuantTensor, start: int, stop: int) -> QuantTensor:
+    """Rows of a matrix; start: a multiple of 128."""
+    scale = weight.scale
+    if weight.format is FP8_BLOCK and scale is not None:
+        scale = scale[start // FP8_BLOCK_SIDE : -(-stop // FP8_BLOCK_SIDE)]
+    return QuantTensor(weight.format, (stop - start, weight.shape[1]), weight.data[start:stop], scale)
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    return values.contiguous().view(torch.uint8).numpy().reshape(-1).data

@@ -1,0 +1,87 @@
+"""Files that are there whole or not at all, and their checksums."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from quant.errors import StoreError
+
+PART_SUFFIX = ".part"
+READ_BYTES = 1 << 24
+
+Report = Callable[[int], None]  # told of bytes that are done
+
+
+def ignore(done: int) -> None:
+    """A Report for nobody."""
+
+
+class HashedFile:
+    """A file that is being written from front to back. position: bytes so far."""
+
+    def __init__(self, file: BinaryIO, report: Report) -> None:
+        self._file, self._report = file, report
+        self._hash = hashlib.sha256()
+        self.position = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """data: bytes, or a contiguous view of them."""
+        self._file.write(data)
+        self._hash.update(data)
+        self.position += len(data)
+        self._report(len(data))
+
+    @property
+    def sha256(self) -> str:
+        """Checksum of what has been written, in hexadecimal."""
+        return self._hash.hexdigest()
+
+
+@contextmanager
+def new_file(path: Path, report: Report = ignore) -> Iterator[HashedFile]:
+    """Write `path` under a temporary name beside it; only when the body ends without error does it appear.
+
+    It and its name are on the disk by then. Raises StoreError when the disk refuses.
+    """
+    part = path.with_name(path.name + PART_SUFFIX)
+    try:
+        with part.open("wb") as file:
+            yield HashedFile(file, report)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise StoreError(
+            f"{path} cannot be written ({error.strerror}); check the free space and the permissions of its folder, "
+            "then give the same command again"
+        ) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in `folder` on the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path, report: Report = ignore) -> str:
+    """Checksum of a file, in hexadecimal; `report` is told of the bytes read. Raises StoreError if it is unreadable."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while data := file.read(READ_BYTES):
+                digest.update(data)
+                report(len(data))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error.strerror}); check the disk and its permissions") from None
+    return digest.hexdigest()

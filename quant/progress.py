@@ -1,0 +1,32 @@
+"""How far a task over many files is, for whoever shows it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quant.files import Report
+
+
+@dataclass(frozen=True)
+class Progress:
+    """file: the one in work. done, total: bytes over all files."""
+
+    file: str
+    done: int
+    total: int
+
+
+class Meter:
+    """Adds up the bytes of all files and tells `progress`, at the start of each file and after each piece."""
+
+    def __init__(self, total: int, progress: Callable[[Progress], None]) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def of(self, file: str) -> Report:
+        """What is to be told of the bytes of one file."""
+
+        def report(nbytes: int) -> None:
+            self.done += nbytes
+            self.progress(Progress(file, self.done, self.total))
+
+        report(0)
+        return report
