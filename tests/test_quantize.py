@@ -1,0 +1,289 @@
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cli.quantize import quantize
+from quant import convert as convert_module
+from quant import files, journal, safetensors_writer
+from quant.checkpoint import Checkpoint
+from quant.convert import convert
+from quant.errors import CheckpointError, Dsr1Error, StoreError
+from quant.journal import JOURNAL_NAME
+from quant.manifest import MANIFEST_NAME
+from quant.progress import Progress
+from quant.store import Store, is_store
+from tests.tiny_checkpoint import BF16, NO_MTP, tiny_config, tiny_tensors, write_checkpoint, write_files
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"hidden_size": 48, "intermediate_size": 48, "moe_intermediate_size": 48, "q_lora_rank": 48, "vocab_size": 32}
+SMALL |= {"kv_lora_rank": 48, "n_routed_experts": 4, "n_group": 2, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+SMALL |= NO_MTP
+EXTRAS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE-MODEL")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_checkpoint(tmp_path_factory.mktemp("source"), SMALL)
+    for name in EXTRAS:
+        (folder / name).write_text(f"This is {name}.")
+    (folder / "README.md").write_text("not copied")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store of `source` with recipe q8, made in one go."""
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    convert(Checkpoint.open(source), folder, "q8")
+    return tree(folder)
+
+
+class StopError(Exception):
+    """Raised by a test in the middle of a conversion."""
+
+
+def convert_until(source: Path, folder: Path, stop: Callable[[Progress], bool]) -> None:
+    """A conversion that ends with an error at the first step for which `stop` holds."""
+
+    def progress(step: Progress) -> None:
+        if stop(step):
+            raise StopError
+
+    with pytest.raises(StopError):
+        convert(Checkpoint.open(source), folder, "q8", progress)
+
+
+# The finished store
+
+
+def test_the_model_s_files_are_copied(source: Path, whole: dict[str, bytes]) -> None:
+    for name in ("config.json", *EXTRAS):
+        assert whole[name] == (source / name).read_bytes()
+    stored = {"layer-000.safetensors", "layer-001.safetensors", "top.safetensors", MANIFEST_NAME}
+    assert whole.keys() == {"config.json", *EXTRAS, *stored}
+    assert json.loads(whole[MANIFEST_NAME])["files"].keys() == whole.keys() - {MANIFEST_NAME}
+
+
+def test_progress_counts_every_byte(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    steps: list[Progress] = []
+    (tmp_path / "empty").mkdir()  # an empty folder will do
+    convert(Checkpoint.open(source), tmp_path / "empty", "q8", steps.append)
+    assert tree(tmp_path / "empty") == whole  # no time, path or order of threads shows in it
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+    assert (
+        {step.total for step in steps}
+        == {steps[-1].done}
+        == {sum(map(len, whole.values())) - len(whole[MANIFEST_NAME])}
+    )
+
+
+# Interrupted, and continued
+
+
+def test_an_interrupted_conversion_continues(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    convert_until(source, folder, lambda step: step.file == "layer-001.safetensors" and step.done > 60_000)
+    assert is_store(folder) and not (folder / "layer-001.safetensors").exists()
+    with pytest.raises(StoreError, match="not finished"):
+        Store.open(folder)
+    (folder / "layer-001.safetensors.part").write_bytes(b"left by a kill")
+    before = (folder / "layer-000.safetensors").stat()
+    convert(Checkpoint.open(source), folder, "q8")
+    assert tree(folder) == whole
+    after = (folder / "layer-000.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_only_the_same_conversion_continues(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    convert_until(source, folder, lambda step: step.file == "layer-000.safetensors")
+    with pytest.raises(StoreError, match="another recipe"):
+        convert(Checkpoint.open(source), folder, "accurate")
+    with pytest.raises(StoreError, match="another source"):
+        convert(Checkpoint.open(write_checkpoint(tmp_path / "other", SMALL, shards=1)), folder, "q8")
+    changed = Path(shutil.copytree(source, tmp_path / "changed"))
+    (changed / "tokenizer.json").write_text("another")
+    with pytest.raises(StoreError, match="another source"):
+        convert(Checkpoint.open(changed), folder, "q8")
+    (folder / JOURNAL_NAME).write_text('{"version": ')
+    with pytest.raises(StoreError, match="damaged.*delete the folder"):
+        convert(Checkpoint.open(source), folder, "q8")
+
+
+def test_a_second_conversion_is_kept_out(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    told: list[str] = []
+
+    def second(step: Progress) -> None:
+        if not told:
+            with pytest.raises(StoreError, match="another dsr1 is converting") as caught:
+                convert(Checkpoint.open(source), tmp_path / "store", "q8")
+            told.append(str(caught.value))
+
+    convert(Checkpoint.open(source), tmp_path / "store", "q8", second)
+    assert told
+
+
+class Killer:
+    """Kills this process before it runs the conversion's own line number `line`; with 0 it only counts them."""
+
+    own = {str(module.__file__) for module in (convert_module, files, journal, safetensors_writer)}
+
+    def __init__(self, line: int) -> None:
+        self.line, self.count = line, 0
+
+    def __call__(self, frame: Any, event: str, _argument: Any) -> "Killer | None":
+        if frame.f_code.co_filename not in self.own:
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count == self.line:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self
+
+
+def convert_in_child(source: Path, folder: Path, line: int) -> int:
+    """Convert in a process of its own that is killed at `line`; the lines of all are left in `folder`.lines."""
+    child = os.fork()
+    if not child:
+        killer = Killer(line)
+        sys.settrace(killer)
+        convert(Checkpoint.open(source), folder, "q8")
+        sys.settrace(None)
+        folder.with_suffix(".lines").write_text(str(killer.count))
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def kill_and_continue(source: Path, folder: Path, kills: int) -> None:
+    """Convert once in one go, then `kills` times with a kill at a random line, half of them among the last."""
+    assert convert_in_child(source, folder / "whole", 0) == 0
+    lines = int((folder / "whole.lines").read_text())
+    draw = random.Random(0)
+    drawn = [draw.randint(1, lines) if kill % 2 else draw.randint(lines - 30, lines) for kill in range(kills)]
+    for line in drawn:
+        assert convert_in_child(source, folder / f"killed at {line}", line) == signal.SIGKILL
+    for killed in folder.glob("killed at *"):
+        if is_store(killed) and not (killed / MANIFEST_NAME).exists():
+            with pytest.raises(StoreError, match="not finished"):
+                Store.open(killed)
+        if (killed / JOURNAL_NAME).exists() or not (killed / MANIFEST_NAME).exists():
+            convert(Checkpoint.open(source), killed, "q8")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_anywhere_it_continues(source: Path, whole: dict[str, bytes], tmp_path: Path, kills: int) -> None:
+    code = "import sys, pathlib, tests.test_quantize as t\n"
+    code += "t.kill_and_continue(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(source), str(tmp_path), str(kills)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stores = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(stores) > kills / 2
+    for store in stores:
+        assert tree(store) == whole, store.name
+
+
+# What is refused
+
+
+def test_a_target_in_use_is_refused(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(source)
+    (tmp_path / MANIFEST_NAME).write_bytes(whole[MANIFEST_NAME])
+    with pytest.raises(StoreError, match="is a finished store"):
+        convert(checkpoint, tmp_path, "q8")
+    with pytest.raises(StoreError, match="is not empty"):
+        convert(checkpoint, source, "q8")
+    with pytest.raises(StoreError, match="is a file"):
+        convert(checkpoint, tmp_path / MANIFEST_NAME, "q8")
+
+
+def test_a_full_disk_is_told_before_the_first_byte(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))  # type: ignore[attr-defined]
+    with pytest.raises(StoreError, match="GiB more than the disk of .* has free"):
+        convert(Checkpoint.open(source), tmp_path / "deep" / "store", "q8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path) -> None:
+    fields = tiny_config(SMALL | BF16)
+    tensors = tiny_tensors(fields)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors[name][5, 7] = torch.nan
+    write_files(tmp_path / "source", fields, tensors)
+    with pytest.raises(CheckpointError, match=f"{name}.*cannot be quantised"):
+        convert(Checkpoint.open(tmp_path / "source"), tmp_path / "store", "q8")
+
+
+# Memory
+
+
+def grown_by(folder: Path) -> int:
+    """Bytes by which a conversion with small strips raises the peak of this process, which has converted before."""
+    convert(Checkpoint.open(folder / "small"), folder / "first", "fast")
+    convert_module.STRIP_WEIGHTS = 1 << 18
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    convert(Checkpoint.open(folder / "large"), folder / "second", "fast")
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+@pytest.mark.slow
+def test_memory_holds_strips_not_layers(source: Path, tmp_path: Path) -> None:
+    large = {"hidden_size": 1024, "moe_intermediate_size": 1024, "n_routed_experts": 64, "first_k_dense_replace": 0}
+    write_checkpoint(tmp_path / "large", large | {"num_hidden_layers": 1} | NO_MTP)
+    (tmp_path / "small").symlink_to(source)
+    code = "import sys, pathlib, tests.test_quantize as t; print(t.grown_by(pathlib.Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 80 * 2**20  # the layer: 200 MB in FP8, 110 MB in the store
+
+
+# The command
+
+
+def test_the_command_prints_one_object(
+    source: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize(str(source), str(tmp_path / "store"), "q8", jobs=1, as_json=True)
+    told = capsys.readouterr()
+    answer = json.loads(told.out)
+    assert answer.keys() == {"store", "recipe", "bytes", "seconds", "files"}
+    assert answer["bytes"] == sum(map(len, whole.values())) - len(whole[MANIFEST_NAME])
+    assert answer["files"] == sorted(whole.keys() - {MANIFEST_NAME}) and answer["recipe"] == "q8"
+    assert tree(Path(answer["store"])) == whole
+    begun = [line.split(":")[0] for line in told.err.splitlines()]
+    assert sorted(begun) == answer["files"]
+
+
+@pytest.mark.parametrize(
+    ("src", "recipe", "words"),
+    [("store", "q8", "is a store already"), ("source", "best", "no recipe 'best'"), ("nowhere", "q8", "no folder")],
+)
+def test_the_command_refuses(source: Path, tmp_path: Path, src: str, recipe: str, words: str) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / MANIFEST_NAME).touch()
+    given = {"source": source}.get(src, tmp_path / src)
+    with pytest.raises(Dsr1Error, match=words):
+        quantize(str(given), str(tmp_path / "new"), recipe, jobs=1, as_json=False)
+    assert not (tmp_path / "new").exists()
