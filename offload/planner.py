@@ -1,0 +1,258 @@
+"""The planner: sizes and budgets in, a frozen plan out. It opens no file and needs no torch.
+
+With a GPU, everything that each token reads goes there: attention, dense layers, shared experts, norms, routers and the
+head, with the latent cache and the workspace. Routed experts, the embedding and the MTP layers stay in mapped files.
+The most exact representations come first; where they do not fit, one component after the other takes its smallest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from offload.plan import (
+    Device,
+    Placement,
+    Plan,
+    PlanComponent,
+    PlanError,
+    Residency,
+    Tier,
+    planned_component,
+)
+from offload.sizes import format_size
+from offload.workspace import host_bytes, workspace_bytes
+from quant.config import ModelConfig
+from quant.errors import ContextError
+from quant.inventory import Inventory, TensorSpec, cache_bytes
+from quant.packed import PACKED_FORMATS, ExpertRecord
+from quant.recipes import DEFAULT_RECIPE, RECIPES, representations, stored_bytes
+
+DEFAULT_CONTEXT = 32768
+PREFILL_CHUNKS = (512, 256, 128)  # tokens; the smaller ones where GPU memory is short
+CUDA_RESERVE = 3 * 2**28  # bytes; context, libraries' handles and kernels
+CONTEXT_STEP = 1024  # advice on the context comes in these steps
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+# What gives up exactness, in this order: what the fewest tokens notice comes first.
+LADDER: tuple[tuple[PlanComponent, ...], ...] = (("dense", "shared_expert"), ("attention",), ("kv_b",), ("head",))
+GPU_COMPONENTS: tuple[PlanComponent, ...] = (
+    "attention",
+    "kv_b",
+    "dense",
+    "shared_expert",
+    "norm",
+    "router",
+    "head",
+)
+FLOAT32_COMPONENTS = ("norm", "router")  # the runtime holds them so, whatever a checkpoint does
+
+# Representations that may be chosen for a tensor, the most exact one first.
+Available = Callable[[TensorSpec], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may take and must hold. gpu_mem, ram: bytes. context: tokens. dtype: of activations and cache."""
+
+    device: Device
+    gpu_mem: int
+    ram: int
+    context: int
+    dtype: str = "bfloat16"
+
+
+def make_plan(inventory: Inventory, available: Available, budget: Budget, notes: Sequence[str] = ()) -> Plan:
+    """Where everything goes. Raises PlanError, which says how much is short and what would fit."""
+    parts = list(_parts(inventory, available, budget.device))
+    drafts = _drafts(inventory.config, parts, budget, tuple(notes))
+    for plan in drafts:
+        if _fits(plan):
+            return plan
+    raise PlanError(_explain(inventory, available, budget))
+
+
+def choose_context(asked: int | None, maximum: int, notes: list[str]) -> int:
+    """The context asked for, or the default, clamped to the model's `maximum` with a note."""
+    if asked is None:
+        if maximum < DEFAULT_CONTEXT:
+            notes.append(f"context: {maximum} tokens, the model's maximum (the default is {DEFAULT_CONTEXT})")
+        return min(DEFAULT_CONTEXT, maximum)
+    if asked < 1:
+        raise ContextError(f"a context of {asked} tokens is too small; give at least 1")
+    if asked > maximum:
+        raise ContextError(f"a context of {asked} tokens is more than the model's maximum; give at most {maximum}")
+    return asked
+
+
+@dataclass(frozen=True)
+class _Form:
+    representation: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One component of one layer, before its representation is chosen."""
+
+    layer: int | None
+    component: PlanComponent
+    experts: tuple[int, int] | None
+    tier: Tier
+    residency: Residency
+    exact: _Form
+    smallest: _Form
+
+    def placed(self, reduced: Sequence[PlanComponent]) -> Placement:
+        form = self.smallest if self.component in reduced else self.exact
+        key = (self.layer, self.component, self.experts)
+        return Placement(*key, self.tier, form.representation, self.residency, form.nbytes)
+
+
+def _parts(inventory: Inventory, available: Available, device: Device) -> Iterator[_Part]:
+    """The components of all layers, in the order in which a token meets them."""
+    groups: dict[tuple[int | None, PlanComponent], list[TensorSpec]] = {}
+    for spec in inventory.tensors:
+        groups.setdefault((spec.layer, planned_component(spec)), []).append(spec)
+    for (layer, component), specs in groups.items():
+        is_mtp = layer in inventory.mtp_layers
+        choices = [available(spec) for spec in specs]
+        forms = [_form(inventory.config, specs, [choice[pick] for choice in choices]) for pick in (0, -1)]
+        if is_mtp or component not in GPU_COMPONENTS:
+            where: tuple[Tier, Residency] = ("ram", "mapped")
+        else:
+            where = ("ram", "mapped") if device == "cpu" else ("gpu", "gpu")
+            in_float32 = component in FLOAT32_COMPONENTS or component == "kv_b" and device == "cpu"
+            if in_float32 and forms[0].representation != "f32":
+                forms = [_form(inventory.config, specs, ["f32"] * len(specs))] * 2
+                where = (where[0], "copied" if device == "cpu" else "gpu")
+        experts = (0, inventory.config.n_routed_experts) if component == "routed_expert" else None
+        yield _Part(layer, component, experts, *where, *forms)
+
+
+def _form(config: ModelConfig, specs: Sequence[TensorSpec], chosen: Sequence[str]) -> _Form:
+    """The tensors `specs` of a component in their `chosen` representations; packed experts are whole records."""
+    name = "+".join(dict.fromkeys(chosen))
+    if specs[0].component == "routed_expert" and name in PACKED_FORMATS:
+        record = ExpertRecord(PACKED_FORMATS[name], config.dim, config.moe_inter_dim)
+        return _Form(name, config.n_routed_experts * record.nbytes)
+    return _Form(name, sum(stored_bytes(one, spec.shape) for spec, one in zip(specs, chosen, strict=True)))
+
+
+def _drafts(config: ModelConfig, parts: Sequence[_Part], budget: Budget, notes: tuple[str, ...]) -> Iterator[Plan]:
+    """Plans to try: from the most exact to the smallest."""
+    chunk, *smaller = dict.fromkeys(min(chunk, budget.context) for chunk in PREFILL_CHUNKS)
+    reduced: tuple[PlanComponent, ...] = ()
+    yield _draft(config, parts, budget, reduced, chunk, notes)
+    for components in LADDER:
+        reduced += components
+        yield _draft(config, parts, budget, reduced, chunk, notes)
+    for chunk in smaller:
+        yield _draft(config, parts, budget, reduced, chunk, notes)
+
+
+def _draft(
+    config: ModelConfig,
+    parts: Sequence[_Part],
+    budget: Budget,
+    reduced: Sequence[PlanComponent],
+    chunk: int,
+    notes: tuple[str, ...],
+) -> Plan:
+    placements = tuple(part.placed(reduced) for part in parts)
+    size = DTYPE_BYTES[budget.dtype]
+    return Plan(
+        device=budget.device,
+        gpu_budget=budget.gpu_mem,
+        ram_budget=budget.ram,
+        n_layers=config.n_layers,
+        context=budget.context,
+        prefill_chunk=chunk,
+        cache_dtype=budget.dtype,
+        cache_bytes=cache_bytes(config, budget.context, size),
+        workspace_bytes=workspace_bytes(config, chunk, size),
+        reserve_bytes=0 if budget.device == "cpu" else CUDA_RESERVE,
+        host_bytes=host_bytes(config, chunk),
+        decode_ram_bytes=_decode_ram_bytes(config, placements),
+        placements=placements,
+        notes=notes,
+    )
+
+
+def _decode_ram_bytes(config: ModelConfig, placements: Sequence[Placement]) -> int:
+    """Bytes of weights in RAM that one token reads: its experts, and what else stands there but a row of the embedding.
+
+    MTP layers are left out.
+    """
+    total = 0
+    for placement in placements:
+        is_mtp = placement.layer is not None and placement.layer >= config.n_layers
+        if placement.tier != "ram" or placement.component == "embed" or is_mtp:
+            continue
+        if placement.component == "routed_expert":
+            total += placement.nbytes * config.n_activated_experts // config.n_routed_experts
+        else:
+            total += placement.nbytes
+    return total
+
+
+def _fits(plan: Plan) -> bool:
+    return plan.ram_bytes <= plan.ram_budget and (not plan.on_gpu or plan.gpu_bytes <= plan.gpu_budget)
+
+
+@dataclass(frozen=True)
+class _Shortage:
+    """A memory that is too small for the smallest plan."""
+
+    what: str
+    option: str
+    needed: int
+    budget: int
+    cache_bytes_per_token: float  # 0 where the cache is elsewhere
+
+    @property
+    def missing(self) -> int:
+        return self.needed - self.budget
+
+    def sentence(self) -> str:
+        return (
+            f"{self.what} takes {format_size(self.needed)} and {self.option} is {format_size(self.budget)}: "
+            f"{format_size(self.missing)} short"
+        )
+
+    def context_that_fits(self, context: int) -> int:
+        """Tokens, whole steps; 0 if no context helps."""
+        if not self.cache_bytes_per_token:
+            return 0
+        return max(0, int(context - self.missing / self.cache_bytes_per_token) // CONTEXT_STEP * CONTEXT_STEP)
+
+
+def _explain(inventory: Inventory, available: Available, budget: Budget) -> str:
+    """What is short and what would fit, for a model of which no draft does."""
+    shortages = _shortages(_smallest(inventory, available, budget))
+    advice = []
+    if context := min(shortage.context_that_fits(budget.context) for shortage in shortages):
+        advice.append(f"--context {context} fits")
+    recipe = RECIPES[DEFAULT_RECIPE]
+    if not _shortages(_smallest(inventory, lambda spec: representations(spec, recipe), budget)):
+        advice.append("the 4-bit store that `dsr1 quantize` makes of it fits")
+    needs = [f"{shortage.option} {ceil(shortage.needed / 2**30)}G" for shortage in shortages]
+    advice.append(f"it needs {' and '.join(needs)}" if not advice else f"as it is, it needs {' and '.join(needs)}")
+    return f"{'; '.join(shortage.sentence() for shortage in shortages)}; {'; '.join(advice)}"
+
+
+def _smallest(inventory: Inventory, available: Available, budget: Budget) -> Plan:
+    *_, last = _drafts(inventory.config, list(_parts(inventory, available, budget.device)), budget, ())
+    return last
+
+
+def _shortages(plan: Plan) -> list[_Shortage]:
+    per_token = plan.cache_bytes / plan.context
+    gpu = _Shortage("the GPU part at its smallest", "--gpu-mem", plan.gpu_bytes, plan.gpu_budget, per_token)
+    ram_per_token = 0.0 if plan.on_gpu else per_token
+    ram = _Shortage(_ram_part(plan), "--ram", plan.ram_bytes, plan.ram_budget, ram_per_token)
+    return [shortage for shortage in ([gpu, ram] if plan.on_gpu else [ram]) if shortage.missing > 0]
+
+
+def _ram_part(plan: Plan) -> str:
+    experts = sum(placement.nbytes for placement in plan.placements if placement.component == "routed_expert")
+    return f"what stays in RAM ({format_size(experts)} of it routed experts)"

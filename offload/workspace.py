@@ -1,0 +1,115 @@
+"""What a forward pass needs beside weights and cache, as formulas: the planner sets it aside, the ledger checks it.
+
+Each function here is one moment at which much lives at a time; the names of its terms are those of the variables in
+hybrid_rt/latent_attention.py and hybrid_rt/layers.py, locals of a loop's last round included, which live until they are
+assigned again. Nothing depends on the length of the context.
+
+Shapes: T tokens of a chunk, S cached tokens of a block, H heads, C = kv_lora, D dim, E routed experts.
+"""
+
+from dataclasses import dataclass
+
+from quant.config import ModelConfig
+
+# The numbers of hybrid_rt/latent_attention.py, which the planner cannot import; a test compares them.
+ABSORBED_UP_TO = 128
+PREFILL_BLOCK = 512
+DECODE_BLOCK = 2048
+
+F32 = 4
+SMALL_TENSORS = 64 * 512  # masks' aranges, ids and the like: each takes at least one unit of the allocator
+SCRATCH_ROWS = 32  # weight rows that a thread of the expert kernels decodes together
+THREADS = 64  # threads whose scratch is set aside
+
+
+def workspace_bytes(config: ModelConfig, chunk: int, activation_bytes: int = 2) -> int:
+    """Bytes of temporaries of forward passes of up to `chunk` tokens, and of the logits of one token.
+
+    activation_bytes: of one value of the residual stream. `wkv_b` counts, in float32, for the layer that is computed.
+    """
+    lengths = (chunk, min(chunk, ABSORBED_UP_TO))  # the two forms of attention
+    passes = [_Pass(config, tokens, activation_bytes).peak for tokens in lengths]
+    logits = config.vocab_size * (activation_bytes + F32)
+    return max(*passes, logits) + SMALL_TENSORS
+
+
+def host_bytes(config: ModelConfig, chunk: int) -> int:
+    """Bytes of the host buffers of offload/experts.py for up to `chunk` tokens."""
+    pairs = chunk * config.n_activated_experts
+    inputs_and_output = 2 * chunk * config.dim * F32 + pairs * (8 + F32)
+    order = 8 * (2 * config.n_routed_experts + 1 + pairs)
+    hidden = pairs * config.moe_inter_dim * F32
+    scratch = THREADS * SCRATCH_ROWS * max(config.dim, config.moe_inter_dim) * F32
+    return inputs_and_output + order + hidden + scratch
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass of `tokens` tokens. `act`: bytes of an activation."""
+
+    config: ModelConfig
+    tokens: int
+    act: int
+
+    @property
+    def peak(self) -> int:
+        config, tokens = self.config, self.tokens
+        x = tokens * config.dim * self.act
+        angles = tokens * config.qk_rope_head_dim * F32
+        beside_all = 2 * x + angles  # the residual stream and its normed copy
+        norm = 3 * tokens * config.dim * F32
+        return beside_all + max(norm, self._attention, self._feed_forward)
+
+    @property
+    def _attention(self) -> int:
+        config, tokens = self.config, self.tokens
+        q_pe = tokens * config.n_heads * config.qk_rope_head_dim
+        q = tokens * config.n_heads * config.qk_head_dim * self.act
+        heads = tokens * config.n_heads * config.v_head_dim * self.act
+        wkv_b = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank * F32
+        latent = tokens * config.latent_dim * self.act
+        attend = self._absorbed if tokens <= ABSORBED_UP_TO else self._decompressed
+        turning = 3 * q_pe * F32
+        decoding = 3 * wkv_b  # of FP8: the values, their scales and the product
+        output = wkv_b + 2 * heads + tokens * config.dim * self.act
+        return q + max(turning, q_pe * self.act + latent + max(decoding, wkv_b + attend, output))
+
+    @property
+    def _decompressed(self) -> int:
+        config, rows, block = self.config, self.config.n_heads * self.tokens * F32, PREFILL_BLOCK
+        queries, weighted, scores = rows * config.qk_head_dim, rows * config.v_head_dim, rows * block
+        kv = config.n_heads * block * (config.qk_nope_head_dim + config.v_head_dim) * F32
+        keys = config.n_heads * block * config.qk_head_dim * F32
+        second = max(kv, keys, scores, 2 * weighted)  # what the loop makes while the last round's still lives
+        kept = queries + kv + keys + scores + weighted + self._small(block)
+        return max(2 * queries, kept + second)
+
+    @property
+    def _absorbed(self) -> int:
+        config, rows, block = self.config, self.config.n_heads * self.tokens * F32, DECODE_BLOCK
+        q_latent = weighted = rows * config.kv_lora_rank
+        queries, scores = rows * config.latent_dim, rows * block
+        kept = q_latent + queries + scores + weighted + self._small(block)
+        return max(q_latent + 3 * queries, kept + max(scores, 2 * weighted))
+
+    def _small(self, block: int) -> int:
+        """The latents of two rounds (of a float32 cache they are views), rows' maxima and totals, and the mask."""
+        latents = 0 if self.act == F32 else 2 * block * self.config.latent_dim * F32
+        return latents + 8 * self.config.n_heads * self.tokens * F32 + self.tokens * block
+
+    @property
+    def _feed_forward(self) -> int:
+        """The layer's input lives on beside the residual stream that attention was added to."""
+        config, row = self.config, self.tokens * self.config.dim
+        dense = self._mlp(config.inter_dim) if config.n_dense_layers else 0
+        gate = row * F32 + 6 * self.tokens * config.n_routed_experts * F32
+        shared = self._mlp(config.n_shared_experts * config.moe_inter_dim)
+        sync = row * F32 + 3 * row * self.act
+        submitted = row * F32 + 12 * self.tokens * config.n_activated_experts
+        mixture = max(gate, submitted + max(shared, sync)) if config.n_moe_layers else 0
+        return row * self.act + max(dense, mixture)
+
+    def _mlp(self, inter: int) -> int:
+        """The gate, the up projection and their product; then the product and the result."""
+        hidden = self.tokens * inter * self.act
+        return max(3 * hidden, hidden + self.tokens * self.config.dim * self.act)
