@@ -2,19 +2,37 @@
 
 import torch
 
-from quant.encode_reference import quantise
-from quant.packed import PackedFormat
-from quant.packing import pack
+from quant.encode_reference import ANCHORS
+from quant.kernels import encode as encode_kernel
+from quant.kernels.threads import call, parts_for
+from quant.packed import TILE_ROWS, PackedFormat, tiles
+
+STRIP_WEIGHTS = 1 << 22  # made float32 and encoded at a time
+WORK = 64  # what a weight costs, in multiplications
 
 
 def encode(weight: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """A matrix [N, K] of any float dtype, on the CPU, as uint8 [fmt.nbytes((N, K))].
 
-    ValueError for another rank, and for weights that are NaN, infinite or beyond float32.
+    Beside its result it needs memory for a few rows at a time. ValueError for another rank, and for weights that are
+    NaN, infinite or beyond float32.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"a matrix [N, K] of floats can be packed, not {weight.dtype} of shape {tuple(weight.shape)}")
-    values = weight.detach().to(torch.float32).contiguous()
-    if not torch.isfinite(values).all():
+    shape = (weight.shape[0], weight.shape[1])
+    out = torch.empty(fmt.nbytes(shape), dtype=torch.uint8)
+    strip_tiles = max(1, STRIP_WEIGHTS // (TILE_ROWS * max(1, shape[1])))
+    for first in range(0, tiles(shape), strip_tiles):
+        strip = weight[first * TILE_ROWS : (first + strip_tiles) * TILE_ROWS].detach()
+        _encode_strip(strip.to(torch.float32).contiguous(), fmt, out[first * fmt.tile_bytes(shape) :])
+    return out
+
+
+def _encode_strip(weight: torch.Tensor, fmt: PackedFormat, out: torch.Tensor) -> None:
+    if not torch.isfinite(weight).all():
         raise ValueError(f"weights that are NaN or infinite in float32 cannot be packed as {fmt.name}")
-    return torch.from_numpy(pack(quantise(values.numpy(), fmt), fmt))
+    (n, k), parts = weight.shape, parts_for(weight.numel() * WORK)
+    table = encode_kernel.search_table(fmt)
+    scratch = torch.empty(parts * encode_kernel.SCRATCH_BYTES, dtype=torch.uint8)
+    addresses = (weight.data_ptr(), table.ctypes.data, out.data_ptr(), scratch.data_ptr())
+    call(encode_kernel.encode, (*addresses, n, k, fmt.group, fmt.bits, len(ANCHORS[fmt.name])), parts)
