@@ -177,7 +177,7 @@ def kill_and_continue(source: Path, folder: Path, kills: int) -> None:
     assert convert_in_child(source, folder / "whole", 0) == 0
     lines = int((folder / "whole.lines").read_text())
     draw = random.Random(0)
-    drawn = [draw.randint(1, lines) if kill % 2 else draw.randint(lines - 30, lines) for kill in range(kills)]
+    drawn = {draw.randint(1, lines) if kill % 2 else draw.randint(lines - 30, lines) for kill in range(kills)}
     for line in drawn:
         assert convert_in_child(source, folder / f"killed at {line}", line) == signal.SIGKILL
     for killed in folder.glob("killed at *"):
