@@ -7,18 +7,19 @@ from quant.kernels import encode as encode_kernel
 from quant.kernels.threads import call, parts_for
 from quant.packed import TILE_ROWS, PackedFormat, tiles
 
-STRIP_WEIGHTS = 1 << 22  # made float32 and encoded at a time
+STRIP_WEIGHTS = 1 << 24  # made float32 and encoded at a time: 64 MiB, and tiles for many threads
 WORK = 64  # what a weight costs, in multiplications
 
 
 def encode(weight: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """A matrix [N, K] of any float dtype, on the CPU, as uint8 [fmt.nbytes((N, K))].
 
-    Beside its result it needs memory for a few rows at a time. ValueError for another rank, and for weights that are
+    Beside its result it needs memory for a few rows at a time. ValueError for what is no such matrix, and for weights that are
     NaN, infinite or beyond float32.
     """
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"a matrix [N, K] of floats can be packed, not {weight.dtype} of shape {tuple(weight.shape)}")
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.device.type != "cpu":
+        what = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
+        raise ValueError(f"only a matrix [N, K] of floats on the CPU can be packed, not {what}")
     shape = (weight.shape[0], weight.shape[1])
     out = torch.empty(fmt.nbytes(shape), dtype=torch.uint8)
     strip_tiles = max(1, STRIP_WEIGHTS // (TILE_ROWS * max(1, shape[1])))

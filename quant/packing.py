@@ -42,7 +42,7 @@ def pack(quantised: Codes, fmt: PackedFormat) -> Bytes:
         quads = codes.reshape(n_tiles, TILE_ROWS, n_blocks, BLOCK_K // 4, 4)
     else:
         halves = codes.reshape(n_tiles, TILE_ROWS, n_blocks, BLOCK_K // 8, 2, 4)
-        quads = halves[..., 0, :] | halves[..., 1, :] << 4
+        quads = halves[..., 0, :] | halves[..., 1, :] << np.uint8(4)
     blocks[:, :, HEADER_BYTES:] = quads.transpose(0, 2, 3, 1, 4).reshape(n_tiles, n_blocks, -1)
     return blocks.reshape(-1)
 

@@ -14,8 +14,11 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from quant.kernels.vector import I8, I16, I32, LANES, POINTER, VF, VI
 
+_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
+_overload: Callable[[Any], Callable[[Any], Any]] = overload
 
-class Lanes(types.Type):  # type: ignore[misc]
+
+class Lanes(types.Type):
     """Numba's type of the sixteen values."""
 
     def __init__(self) -> None:
@@ -26,17 +29,17 @@ lanes = Lanes()
 
 
 @register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any):
         super().__init__(manager, kind, VF)
 
 
 def _define_operator(function: Any, instruction: str) -> None:
-    @intrinsic
+    @_intrinsic
     def emit(context, a, b):  # type: ignore[no-untyped-def]
         return lanes(lanes, lanes), lambda _, builder, __, args: getattr(builder, instruction)(*args)
 
-    @overload(function)
+    @_overload(function)
     def typed(a, b):  # type: ignore[no-untyped-def]
         both = isinstance(a, Lanes) and isinstance(b, Lanes)
         return (lambda a, b: emit(a, b)) if both else None
@@ -55,7 +58,7 @@ def _constant(value: int) -> ir.Constant:
     return ir.Constant(VI, [value] * LANES)
 
 
-@intrinsic
+@_intrinsic
 def load(context, address):  # type: ignore[no-untyped-def]
     """The 16 float32 at `address`, one after the other."""
 
@@ -67,7 +70,7 @@ def load(context, address):  # type: ignore[no-untyped-def]
     return lanes(types.int64), emit
 
 
-@intrinsic
+@_intrinsic
 def fill(context, value):  # type: ignore[no-untyped-def]
     """A float32 in all lanes."""
 
@@ -80,7 +83,7 @@ def fill(context, value):  # type: ignore[no-untyped-def]
 
 
 def _make_store(convert: Callable[[Any, Any], Any], alignment: int) -> Any:
-    @intrinsic
+    @_intrinsic
     def store(context, address, value):  # type: ignore[no-untyped-def]
         def emit(_, builder, __, args):  # type: ignore[no-untyped-def]
             stored = builder.store(convert(builder, args[1]), builder.inttoptr(args[0], POINTER))
@@ -100,7 +103,7 @@ def _upper_halves(builder: Any, value: Any) -> Any:
 
 
 def _make_bitwise(emit: Callable[[Any, Any], Any]) -> Any:
-    @intrinsic
+    @_intrinsic
     def bitwise(context, value):  # type: ignore[no-untyped-def]
         def convert(_, builder, __, args):  # type: ignore[no-untyped-def]
             return builder.bitcast(emit(builder, builder.bitcast(args[0], VI)), VF)
@@ -116,7 +119,7 @@ def _nearest_bf16(builder: Any, bits: Any) -> Any:
     return builder.and_(rounded, _constant(0xFFFF0000))
 
 
-@intrinsic
+@_intrinsic
 def where_less(context, a, b, yes, no):  # type: ignore[no-untyped-def]
     """`yes` in the lanes where a < b, `no` in the others."""
 

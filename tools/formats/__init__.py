@@ -1,0 +1,1 @@
+"""Where the packed formats come from, and what they cost in accuracy."""
