@@ -14,8 +14,8 @@ WORK = 64  # what a weight costs, in multiplications
 def encode(weight: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """A matrix [N, K] of any float dtype, on the CPU, as uint8 [fmt.nbytes((N, K))].
 
-    Beside its result it needs memory for a few rows at a time. ValueError for what is no such matrix, and for weights that are
-    NaN, infinite or beyond float32.
+    Beside its result it needs memory for a strip of rows at a time. ValueError for anything else, and for weights
+    that are NaN, infinite or beyond float32.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or weight.device.type != "cpu":
         what = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
