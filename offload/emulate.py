@@ -27,8 +27,8 @@ from offload.sizes import format_size
 from quant.errors import DeviceError
 
 GRANULARITY = 512  # bytes; what CUDA's allocator rounds to
-TEMPORARIES = "temporaries"
-BUFFERS = "buffers"
+TEMPORARIES = "the workspace"
+BUFFERS = "the cache"
 
 
 class Ledger:
@@ -50,7 +50,7 @@ class Ledger:
         rounded = -(-nbytes // GRANULARITY) * GRANULARITY
         if rounded > self.left:
             raise DeviceError(
-                f"{label} ask for {format_size(nbytes)} of GPU memory, and {format_size(self.left)} of "
+                f"{label} asks for {format_size(nbytes)} of GPU memory, and {format_size(self.left)} of "
                 f"{format_size(self.budget)} are left; give more --gpu-mem or a smaller --context"
             )
         self._add(label, rounded)

@@ -35,16 +35,9 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 # What gives up exactness, in this order: what the fewest tokens notice comes first.
 LADDER: tuple[tuple[PlanComponent, ...], ...] = (("dense", "shared_expert"), ("attention",), ("kv_b",), ("head",))
-GPU_COMPONENTS: tuple[PlanComponent, ...] = (
-    "attention",
-    "kv_b",
-    "dense",
-    "shared_expert",
-    "norm",
-    "router",
-    "head",
-)
-FLOAT32_COMPONENTS = ("norm", "router")  # the runtime holds them so, whatever a checkpoint does
+GPU_COMPONENTS = frozenset({"attention", "kv_b", "dense", "shared_expert", "norm", "router", "head"})
+# The runtime holds these in float32, whatever a checkpoint does; so it does `kv_b` outside of a GPU.
+FLOAT32_COMPONENTS = ("norm", "router")
 
 # Representations that may be chosen for a tensor, the most exact one first.
 Available = Callable[[TensorSpec], Sequence[str]]
@@ -63,12 +56,10 @@ class Budget:
 
 def make_plan(inventory: Inventory, available: Available, budget: Budget, notes: Sequence[str] = ()) -> Plan:
     """Where everything goes. Raises PlanError, which says how much is short and what would fit."""
-    parts = list(_parts(inventory, available, budget.device))
-    drafts = _drafts(inventory.config, parts, budget, tuple(notes))
-    for plan in drafts:
+    for plan in _drafts(inventory, available, budget, tuple(notes)):
         if _fits(plan):
             return plan
-    raise PlanError(_explain(inventory, available, budget))
+    raise PlanError(_explain(plan, inventory, budget))
 
 
 def choose_context(asked: int | None, maximum: int, notes: list[str]) -> int:
@@ -114,19 +105,23 @@ def _parts(inventory: Inventory, available: Available, device: Device) -> Iterat
     for spec in inventory.tensors:
         groups.setdefault((spec.layer, planned_component(spec)), []).append(spec)
     for (layer, component), specs in groups.items():
-        is_mtp = layer in inventory.mtp_layers
         choices = [available(spec) for spec in specs]
-        forms = [_form(inventory.config, specs, [choice[pick] for choice in choices]) for pick in (0, -1)]
-        if is_mtp or component not in GPU_COMPONENTS:
-            where: tuple[Tier, Residency] = ("ram", "mapped")
+        exact, smallest = (_form(inventory.config, specs, [choice[pick] for choice in choices]) for pick in (0, -1))
+        tier = _tier(component, device, is_mtp=layer in inventory.mtp_layers)
+        if component in FLOAT32_COMPONENTS or component == "kv_b" and tier == "ram":
+            in_file = exact.representation == "f32"
+            exact = smallest = _form(inventory.config, specs, ["f32"] * len(specs))
         else:
-            where = ("ram", "mapped") if device == "cpu" else ("gpu", "gpu")
-            in_float32 = component in FLOAT32_COMPONENTS or component == "kv_b" and device == "cpu"
-            if in_float32 and forms[0].representation != "f32":
-                forms = [_form(inventory.config, specs, ["f32"] * len(specs))] * 2
-                where = (where[0], "copied" if device == "cpu" else "gpu")
+            in_file = True
+        residency: Residency = "gpu" if tier == "gpu" else "mapped" if in_file else "copied"
+        if tier == "ram" and device != "cpu":
+            smallest = exact  # it is the GPU that is short, if anything
         experts = (0, inventory.config.n_routed_experts) if component == "routed_expert" else None
-        yield _Part(layer, component, experts, *where, *forms)
+        yield _Part(layer, component, experts, tier, residency, exact, smallest)
+
+
+def _tier(component: PlanComponent, device: Device, is_mtp: bool) -> Tier:
+    return "gpu" if device != "cpu" and component in GPU_COMPONENTS and not is_mtp else "ram"
 
 
 def _form(config: ModelConfig, specs: Sequence[TensorSpec], chosen: Sequence[str]) -> _Form:
@@ -138,8 +133,9 @@ def _form(config: ModelConfig, specs: Sequence[TensorSpec], chosen: Sequence[str
     return _Form(name, sum(stored_bytes(one, spec.shape) for spec, one in zip(specs, chosen, strict=True)))
 
 
-def _drafts(config: ModelConfig, parts: Sequence[_Part], budget: Budget, notes: tuple[str, ...]) -> Iterator[Plan]:
+def _drafts(inventory: Inventory, available: Available, budget: Budget, notes: tuple[str, ...] = ()) -> Iterator[Plan]:
     """Plans to try: from the most exact to the smallest."""
+    config, parts = inventory.config, list(_parts(inventory, available, budget.device))
     chunk, *smaller = dict.fromkeys(min(chunk, budget.context) for chunk in PREFILL_CHUNKS)
     reduced: tuple[PlanComponent, ...] = ()
     yield _draft(config, parts, budget, reduced, chunk, notes)
@@ -226,23 +222,18 @@ class _Shortage:
         return max(0, int(context - self.missing / self.cache_bytes_per_token) // CONTEXT_STEP * CONTEXT_STEP)
 
 
-def _explain(inventory: Inventory, available: Available, budget: Budget) -> str:
-    """What is short and what would fit, for a model of which no draft does."""
-    shortages = _shortages(_smallest(inventory, available, budget))
-    advice = []
+def _explain(smallest: Plan, inventory: Inventory, budget: Budget) -> str:
+    """What is short and what would fit, for a model of which not even the `smallest` plan does."""
+    shortages, advice = _shortages(smallest), []
     if context := min(shortage.context_that_fits(budget.context) for shortage in shortages):
         advice.append(f"--context {context} fits")
     recipe = RECIPES[DEFAULT_RECIPE]
-    if not _shortages(_smallest(inventory, lambda spec: representations(spec, recipe), budget)):
+    *_, store = _drafts(inventory, lambda spec: representations(spec, recipe), budget)
+    if _fits(store):
         advice.append("the 4-bit store that `dsr1 quantize` makes of it fits")
-    needs = [f"{shortage.option} {ceil(shortage.needed / 2**30)}G" for shortage in shortages]
-    advice.append(f"it needs {' and '.join(needs)}" if not advice else f"as it is, it needs {' and '.join(needs)}")
-    return f"{'; '.join(shortage.sentence() for shortage in shortages)}; {'; '.join(advice)}"
-
-
-def _smallest(inventory: Inventory, available: Available, budget: Budget) -> Plan:
-    *_, last = _drafts(inventory.config, list(_parts(inventory, available, budget.device)), budget, ())
-    return last
+    needs = " and ".join(f"{shortage.option} {ceil(shortage.needed / 2**30)}G" for shortage in shortages)
+    advice.append(f"as it is, it needs {needs}" if advice else f"it needs {needs}")
+    return "; ".join([shortage.sentence() for shortage in shortages] + advice)
 
 
 def _shortages(plan: Plan) -> list[_Shortage]:

@@ -10,6 +10,7 @@ Shapes: T tokens of a chunk, S cached tokens of a block, H heads, C = kv_lora, D
 from dataclasses import dataclass
 
 from quant.config import ModelConfig
+from quant.packed import BLOCK_K
 
 # The numbers of hybrid_rt/latent_attention.py, which the planner cannot import; a test compares them.
 ABSORBED_UP_TO = 128
@@ -38,9 +39,14 @@ def host_bytes(config: ModelConfig, chunk: int) -> int:
     pairs = chunk * config.n_activated_experts
     inputs_and_output = 2 * chunk * config.dim * F32 + pairs * (8 + F32)
     order = 8 * (2 * config.n_routed_experts + 1 + pairs)
-    hidden = pairs * config.moe_inter_dim * F32
+    quantised = chunk * _whole_blocks(config.dim) * 2  # 8 bits a value, their scales and sums
+    hidden = pairs * _whole_blocks(config.moe_inter_dim) * F32
     scratch = THREADS * SCRATCH_ROWS * max(config.dim, config.moe_inter_dim) * F32
-    return inputs_and_output + order + hidden + scratch
+    return inputs_and_output + order + quantised + hidden + scratch
+
+
+def _whole_blocks(columns: int) -> int:
+    return -(-columns // BLOCK_K) * BLOCK_K
 
 
 @dataclass(frozen=True)
