@@ -26,8 +26,17 @@ from offload.backend import Backend
 from quant.config import ModelConfig
 from quant.formats import QuantTensor
 from quant.ops import check_weight, moe_scratch_sizes
+from quant.packed import ExpertRecord
 
 ExpertWeights = tuple[QuantTensor, QuantTensor, QuantTensor]  # w1 [inter, dim], w2 [dim, inter], w3 [inter, dim]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedExperts:
+    """The experts of a layer as a store holds them. records: uint8 [E, record.nbytes]."""
+
+    records: Tensor
+    record: ExpertRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +75,22 @@ class ExpertBuffers:
 class CpuExperts:
     """The routed experts of one layer; their weights stay where they are (usually in mapped files)."""
 
-    def __init__(self, weights: Sequence[ExpertWeights], backend: Backend, buffers: ExpertBuffers) -> None:
-        self.weights = tuple(weights)  # the table below holds only addresses
+    def __init__(
+        self, weights: Sequence[ExpertWeights] | PackedExperts, backend: Backend, buffers: ExpertBuffers
+    ) -> None:
+        # kept because the table below holds only addresses
+        self.weights = weights if isinstance(weights, PackedExperts) else tuple(weights)
         self.backend, self.buffers = backend, buffers
-        self.inter_dim, self.weight_dtype = _check_experts(self.weights, buffers.x.shape[1])
-        self.table = _address_table(self.weights)
+        dim = buffers.x.shape[1]
+        self.stored: torch.dtype | str
+        if isinstance(self.weights, PackedExperts):
+            self.kernel = torch.ops.dsr1.packed_moe_experts.default
+            self.inter_dim, self.stored = _check_records(self.weights, dim)
+            self.table = _record_table(self.weights)
+        else:
+            self.kernel = torch.ops.dsr1.moe_experts.default
+            self.inter_dim, self.stored = _check_experts(self.weights, dim)
+            self.table = _address_table(self.weights)
 
     def submit(self, x: Tensor, ids: Tensor, weights: Tensor) -> Pending:
         """Start the experts `ids` [T, K] on x [T, dim] with `weights` [T, K], all on the model's device.
@@ -93,9 +113,9 @@ class CpuExperts:
         return pending
 
     def _launch(self, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
-        buffers, kernel = self.buffers, torch.ops.dsr1.moe_experts.default
-        args = (*inputs, self.table, self.inter_dim, self.weight_dtype, buffers.order, buffers.scratch, out)
-        self.backend.launch(buffers.stream, kernel, *args)
+        buffers = self.buffers
+        args = (*inputs, self.table, self.inter_dim, self.stored, buffers.order, buffers.scratch, out)
+        self.backend.launch(buffers.stream, self.kernel, *args)
 
     def sync(self, pending: Pending) -> Tensor:
         """The weighted sum over each token's experts: [T, dim] in the dtype and on the device of submit's x."""
@@ -138,3 +158,28 @@ def _address_table(experts: Sequence[ExpertWeights]) -> Tensor:
         scales = [0 if w.scale is None else w.scale.data_ptr() for w in (w1, w3, w2)]
         rows.append([w.data.data_ptr() for w in (w1, w3, w2)] + scales)
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def _check_records(experts: PackedExperts, dim: int) -> tuple[int, str]:
+    """(inter_dim, name of the format) of a layer's records."""
+    records, record = experts.records, experts.record
+    if records.dtype != torch.uint8 or records.device.type != "cpu" or not records.is_contiguous():
+        raise ValueError(
+            f"records of experts must be contiguous uint8 in host memory, not {records.dtype} on "
+            f"{records.device} with strides {records.stride()}"
+        )
+    if records.ndim != 2 or records.shape[0] < 1 or records.shape[1] != record.nbytes or record.dim != dim:
+        raise ValueError(
+            f"records of shape {tuple(records.shape)} with {record.dim} columns are not those of a layer of experts "
+            f"with {dim} columns, which take {record.nbytes} bytes each"
+        )
+    return record.inter_dim, record.format.name
+
+
+def _record_table(experts: PackedExperts) -> Tensor:
+    """int64 [E, 3]: where w1, w3 and w2 of each record lie. Fake records lie nowhere."""
+    count, record = len(experts.records), experts.record
+    if is_fake(experts.records):
+        return torch.zeros(count, 3, dtype=torch.int64)
+    bases = experts.records.data_ptr() + torch.arange(count, dtype=torch.int64) * record.nbytes
+    return bases[:, None] + torch.tensor([record.w1, record.w3, record.w2])

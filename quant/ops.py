@@ -4,6 +4,7 @@ An operator's CPU implementation checks dtypes, shapes and layout before a kerne
 the same and only tells the shape and dtype of the result. Neither has a gradient.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor
 
 from quant.formats import FORMATS, Format, QuantTensor
 from quant.kernels import linear as linear_kernel
-from quant.kernels import moe as moe_kernel
+from quant.kernels import moe, packed_linear, packed_moe
+from quant.kernels.decode import PACKED_CODES
+from quant.kernels.jit import Kernel
+from quant.kernels.routing import order_integers
 from quant.kernels.threads import call, parts_for, thread_count
 from quant.kernels.vector import BF16_CODE, F32_CODE, FP8_CODE
+from quant.packed import PACKED_FORMATS, PackedFormat
 
 KERNELS: dict[torch.dtype, tuple[Format, int]] = {
     torch.float32: (FORMATS["f32"], F32_CODE),
@@ -23,21 +28,26 @@ KERNELS: dict[torch.dtype, tuple[Format, int]] = {
 
 _library = torch.library.Library("dsr1", "DEF")
 _library.define("linear(Tensor x, Tensor data, Tensor? scale) -> Tensor")
-_library.define(
-    "moe_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor table, int inter_dim, ScalarType weight_dtype, "
-    "Tensor(a!) order, Tensor(b!) scratch, Tensor(c!) out) -> ()"
-)
+_library.define("packed_linear(Tensor x, Tensor data, str format, int rows, int columns) -> Tensor")
+for _name, _stored in (("moe_experts", "ScalarType weight_dtype"), ("packed_moe_experts", "str format")):
+    _library.define(
+        f"{_name}(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor table, int inter_dim, {_stored}, "
+        "Tensor(a!) order, Tensor(b!) scratch, Tensor(c!) out) -> ()"
+    )
 
 
 def linear(x: Tensor, weight: QuantTensor) -> Tensor:
-    """x [..., K] of any float dtype times weight [N, K]: [..., N] in x's dtype, summed in float32."""
-    operator = torch.ops.dsr1.linear.default
+    """x [..., K] of any float dtype times weight [N, K]: [..., N] in x's dtype, summed in float32.
+
+    For a packed weight, x is rounded to 8 bits in groups of 32.
+    """
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor
-    if x.ndim == 2:
-        out = operator(x, weight.data, weight.scale)
-        return out
-    out = operator(x.reshape(-1, x.shape[-1]), weight.data, weight.scale)
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+    if isinstance(weight.format, PackedFormat):
+        out = torch.ops.dsr1.packed_linear.default(rows, weight.data, weight.format.name, *weight.shape)
+    else:
+        out = torch.ops.dsr1.linear.default(rows, weight.data, weight.scale)
+    return out if x.ndim == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def check_weight(data: Tensor, scale: Tensor | None) -> None:
@@ -87,8 +97,65 @@ def _linear_fake(x: Tensor, data: Tensor, scale: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], data.shape[0])
 
 
+def check_packed(data: Tensor, name: str, shape: tuple[int, int]) -> PackedFormat:
+    """The packed format `name`; ValueError unless a kernel may read `data` as a matrix of `shape` in it."""
+    fmt = PACKED_FORMATS.get(name)
+    if fmt is None:
+        known = ", ".join(PACKED_FORMATS)
+        raise ValueError(f"no kernel reads packed weights of format {name!r}; there are kernels for {known}")
+    if data.dtype != torch.uint8 or not data.is_contiguous():
+        raise ValueError(f"a packed weight must be contiguous uint8; this one is {_describe(data)}")
+    if min(shape) < 1 or data.numel() != fmt.nbytes(shape):
+        raise ValueError(f"a weight of shape {shape} takes {fmt.nbytes(shape)} bytes as {name}, not {data.numel()}")
+    return fmt
+
+
+def _check_packed_linear(x: Tensor, data: Tensor, name: str, rows: int, columns: int) -> None:
+    check_packed(data, name, (rows, columns))
+    if x.ndim != 2 or x.shape[1] != columns or not x.is_floating_point():
+        raise ValueError(f"x ({_describe(x)}) cannot be multiplied with a weight of shape {(rows, columns)}")
+    if x.device != data.device:
+        raise ValueError(f"x is on {x.device} and the weight on {data.device}; both must be on one device")
+
+
+def _packed_linear_cpu(x: Tensor, data: Tensor, name: str, n: int, k: int) -> Tensor:
+    _check_packed_linear(x, data, name, n, k)
+    tokens = x.shape[0]
+    x32 = x.to(torch.float32).contiguous()
+    out = torch.empty(tokens, n)
+    if tokens:
+        parts = parts_for(tokens * n * k)
+        scratch = torch.empty(packed_linear.scratch_bytes(tokens, k, parts), dtype=torch.uint8)
+        addresses = (x32.data_ptr(), data.data_ptr(), out.data_ptr(), scratch.data_ptr())
+        call(packed_linear.packed_linear, (*addresses, tokens, n, k, PACKED_CODES[name]), parts)
+    return out.to(x.dtype)
+
+
+def _packed_linear_fake(x: Tensor, data: Tensor, name: str, rows: int, columns: int) -> Tensor:
+    _check_packed_linear(x, data, name, rows, columns)
+    return x.new_empty(x.shape[0], rows)
+
+
+class MoeKernel(NamedTuple):
+    """A kernel for the experts of a layer, and what it asks of its caller.
+
+    codes: its number for each way in which weights may be stored, a dtype or the name of a packed format.
+    """
+
+    run: Kernel
+    table_columns: int
+    scratch_floats: Callable[[int, int, int, int, int], int]
+    codes: Mapping[Any, int]
+
+
+PLAIN_MOE = MoeKernel(
+    moe.moe_experts, moe.TABLE_COLUMNS, moe.scratch_floats, {dtype: code for dtype, (_, code) in KERNELS.items()}
+)
+PACKED_MOE = MoeKernel(packed_moe.packed_moe_experts, packed_moe.TABLE_COLUMNS, packed_moe.scratch_floats, PACKED_CODES)
+
+
 class MoeCall(NamedTuple):
-    """Arguments of `dsr1::moe_experts`: out = the weighted sum over each token's experts.
+    """Arguments of `dsr1::moe_experts` and `dsr1::packed_moe_experts`: out = the weighted sum over a token's experts.
 
     All tensors are on the CPU; `table` holds addresses, which must stay valid. order and scratch: moe_scratch_sizes.
     """
@@ -96,12 +163,17 @@ class MoeCall(NamedTuple):
     x: Tensor  # float32 [T, dim]
     topk_ids: Tensor  # int64 [T, K]
     topk_weights: Tensor  # float32 [T, K]
-    table: Tensor  # int64 [E, 6]: addresses of w1, w3, w2 and of their scales
+    table: Tensor  # int64 [E, 6]: addresses of w1, w3, w2 and of their scales; packed: [E, 3], w1, w3, w2
     inter_dim: int
-    weight_dtype: torch.dtype
+    stored: torch.dtype | str  # dtype of the weights, or name of their packed format
     order: Tensor  # int64, overwritten
     scratch: Tensor  # float32, overwritten
     out: Tensor  # float32 [T, dim], overwritten
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """T, K, dim and inter_dim."""
+        return self.x.shape[0], self.topk_ids.shape[1], self.x.shape[1], self.inter_dim
 
 
 MOE_TENSORS = {
@@ -116,57 +188,56 @@ MOE_TENSORS = {
 
 
 def moe_scratch_sizes(tokens: int, top_k: int, experts: int, dim: int, inter_dim: int) -> tuple[int, int]:
-    """Values of `order` and of `scratch` that dsr1::moe_experts needs for up to `tokens` tokens with all threads."""
-    order = moe_kernel.order_integers(tokens, top_k, experts)
-    hidden = moe_kernel.hidden_floats(tokens, top_k, inter_dim)
-    return order, hidden + thread_count() * moe_kernel.part_floats(dim, inter_dim)
+    """Values of `order` and of `scratch` that either operator needs for up to `tokens` tokens with all threads."""
+    sizes = (tokens, top_k, dim, inter_dim, thread_count())
+    scratch = max(kernel.scratch_floats(*sizes) for kernel in (PLAIN_MOE, PACKED_MOE))
+    return order_integers(tokens, top_k, experts), scratch
 
 
-def _check_moe(moe: MoeCall) -> None:
+def _check_moe(kernel: MoeKernel, layer: MoeCall) -> None:
     for name, (dtype, ndim) in MOE_TENSORS.items():
-        tensor: Tensor = getattr(moe, name)
+        tensor: Tensor = getattr(layer, name)
         if tensor.dtype != dtype or tensor.ndim != ndim or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError(
                 f"{name} must be a contiguous {dtype} of {ndim} dimensions on cpu, not {_describe(tensor)}"
             )
-    chosen, tokens = moe.topk_ids.shape, moe.x.shape[0]
-    if chosen != moe.topk_weights.shape or chosen[0] != tokens or moe.out.shape != moe.x.shape:
-        shapes = [tuple(t.shape) for t in (moe.x, moe.topk_ids, moe.topk_weights, moe.out)]
+    chosen, tokens = layer.topk_ids.shape, layer.x.shape[0]
+    if chosen != layer.topk_weights.shape or chosen[0] != tokens or layer.out.shape != layer.x.shape:
+        shapes = [tuple(t.shape) for t in (layer.x, layer.topk_ids, layer.topk_weights, layer.out)]
         raise ValueError(f"x, topk_ids, topk_weights and out have shapes {shapes}, which do not fit together")
-    if moe.table.shape[1] != moe_kernel.TABLE_COLUMNS or moe.inter_dim < 1 or moe.weight_dtype not in KERNELS:
+    if layer.table.shape[1] != kernel.table_columns or layer.inter_dim < 1 or layer.stored not in kernel.codes:
         raise ValueError(
-            f"no kernel runs experts of {moe.weight_dtype}, {moe.inter_dim} rows, {moe.table.shape[1]} addresses each"
+            f"no kernel runs experts of {layer.stored}, {layer.inter_dim} rows, {layer.table.shape[1]} addresses each"
         )
 
 
-def _threads_that_fit(moe: MoeCall) -> int:
+def _threads_that_fit(kernel: MoeKernel, layer: MoeCall) -> int:
     """How many threads the scratch buffer serves; less than 1 if a buffer is too small."""
-    (tokens, dim), top_k, experts = moe.x.shape, moe.topk_ids.shape[1], moe.table.shape[0]
-    if moe.order.numel() < moe_kernel.order_integers(tokens, top_k, experts):
+    if layer.order.numel() < order_integers(layer.topk_ids.shape[0], layer.topk_ids.shape[1], layer.table.shape[0]):
         return 0
-    left = moe.scratch.numel() - moe_kernel.hidden_floats(tokens, top_k, moe.inter_dim)
-    return left // moe_kernel.part_floats(dim, moe.inter_dim)
+    none, one = (kernel.scratch_floats(*layer.sizes, threads) for threads in (0, 1))
+    return (layer.scratch.numel() - none) // (one - none)
 
 
-def _moe_experts_cpu(*args: Any) -> None:
-    moe = MoeCall(*args)
-    _check_moe(moe)
-    (tokens, dim), top_k, experts = moe.x.shape, moe.topk_ids.shape[1], moe.table.shape[0]
-    fitting = _threads_that_fit(moe)
+def _run_moe(kernel: MoeKernel, layer: MoeCall) -> None:
+    _check_moe(kernel, layer)
+    (tokens, top_k, dim, inter), experts = layer.sizes, layer.table.shape[0]
+    fitting = _threads_that_fit(kernel, layer)
     if fitting < 1:
         raise ValueError(f"order and scratch are too small for {tokens} tokens; moe_scratch_sizes gives their sizes")
-    parts = min(fitting, parts_for(3 * tokens * top_k * dim * moe.inter_dim))
-    buffers = (moe.x, moe.topk_ids, moe.topk_weights, moe.table, moe.out, moe.order, moe.scratch)
-    sizes = (tokens, top_k, experts, dim, moe.inter_dim, KERNELS[moe.weight_dtype][1])
-    if not call(moe_kernel.moe_experts, (*(buffer.data_ptr() for buffer in buffers), *sizes), parts):
+    parts = min(fitting, parts_for(3 * tokens * top_k * dim * inter))
+    buffers = (layer.x, layer.topk_ids, layer.topk_weights, layer.table, layer.out, layer.order, layer.scratch)
+    sizes = (tokens, top_k, experts, dim, inter, kernel.codes[layer.stored])
+    if not call(kernel.run, (*(buffer.data_ptr() for buffer in buffers), *sizes), parts):
         raise IndexError(f"topk_ids holds an expert outside 0 .. {experts - 1}")
 
 
-def _moe_experts_fake(*args: Any) -> None:
-    _check_moe(MoeCall(*args))
-
-
 _library.impl("linear", _linear_cpu, "CPU")
-_library.impl("moe_experts", _moe_experts_cpu, "CPU")
+_library.impl("packed_linear", _packed_linear_cpu, "CPU")
 torch.library.register_fake("dsr1::linear", _linear_fake, lib=_library)
-torch.library.register_fake("dsr1::moe_experts", _moe_experts_fake, lib=_library)
+torch.library.register_fake("dsr1::packed_linear", _packed_linear_fake, lib=_library)
+for _name, _kernel in (("moe_experts", PLAIN_MOE), ("packed_moe_experts", PACKED_MOE)):
+    _library.impl(_name, lambda *args, kernel=_kernel: _run_moe(kernel, MoeCall(*args)), "CPU")
+    torch.library.register_fake(
+        f"dsr1::{_name}", lambda *args, kernel=_kernel: _check_moe(kernel, MoeCall(*args)), lib=_library
+    )

@@ -3,16 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 from offload.backend import Backend, CpuBackend, Event, Operation, RecordingBackend, Stream
-from offload.experts import CpuExperts, ExpertBuffers, ExpertWeights
+from offload.experts import CpuExperts, ExpertBuffers, ExpertWeights, PackedExperts
 from quant.config import ModelConfig, parse_config
 from quant.formats import BF16, FP8_BLOCK, Format, QuantTensor
 from quant.fp8 import encode
+from quant.packed import FAST, PACKED_FORMATS, ExpertRecord, PackedFormat
+from quant.packing import decode
+from tests.test_packed_kernels import random_packed
 from tests.tiny_checkpoint import TINY
 
 CONFIG: ModelConfig = parse_config(TINY)
@@ -45,12 +49,32 @@ def route(tokens: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]
     return ids, torch.rand(tokens, TOP_K, device=device)
 
 
+def make_records(fmt: PackedFormat) -> PackedExperts:
+    """Random codes, with weights near 1 / 16."""
+    rng, record = np.random.default_rng(0), ExpertRecord(fmt, DIM, INTER)
+    records = np.zeros((EXPERTS, record.nbytes), np.uint8)
+    for row in records:
+        joined = np.concatenate([random_packed(fmt, s, rng) for s in ((INTER, DIM), (INTER, DIM), (DIM, INTER))])
+        row[: len(joined)] = joined
+    return PackedExperts(torch.from_numpy(records), record)
+
+
+def matrices(experts: CpuExperts, expert: int) -> list[torch.Tensor]:
+    """w1, w2 and w3 of one expert in float64."""
+    if not isinstance(experts.weights, PackedExperts):
+        return [w.dequantize(torch.float64) for w in experts.weights[expert]]
+    record, data = experts.weights.record, experts.weights.records[expert].numpy()
+    places = ((record.w1, (INTER, DIM)), (record.w2, (DIM, INTER)), (record.w3, (INTER, DIM)))
+    decoded = (decode(data[at : at + record.format.nbytes(s)], record.format, s) for at, s in places)
+    return [torch.from_numpy(matrix).double() for matrix in decoded]
+
+
 def naive(experts: CpuExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Token by token, expert by expert, in float64."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     for t in range(x.shape[0]):
         for expert, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
-            w1, w2, w3 = (w.dequantize(torch.float64) for w in experts.weights[expert])
+            w1, w2, w3 = matrices(experts, expert)
             row = x[t].double()
             out[t] += weight * (w2 @ (F.silu(w1 @ row) * (w3 @ row)))
     return out
@@ -66,6 +90,34 @@ def test_experts_compute_the_weighted_sum(fmt: Format, tokens: int) -> None:
     half = layer.sync(layer.submit(x.bfloat16(), ids, weights))
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, layer.sync(layer.submit(x.bfloat16().float(), ids, weights)).bfloat16())
+
+
+@pytest.mark.parametrize("fmt", PACKED_FORMATS.values(), ids=PACKED_FORMATS)
+@pytest.mark.parametrize("tokens", [1, CAPACITY])
+def test_packed_experts_compute_the_weighted_sum(fmt: PackedFormat, tokens: int) -> None:
+    backend = CpuBackend()
+    buffers = ExpertBuffers(CONFIG, backend, CAPACITY)
+    layer, other = CpuExperts(make_records(fmt), backend, buffers), CpuExperts(make_experts(), backend, buffers)
+    x, (ids, weights) = torch.randn(tokens, DIM).bfloat16(), route(tokens)
+    plain = other.sync(other.submit(x, ids, weights))  # layers of both kinds share buffers
+    out, expected = layer.sync(layer.submit(x.float(), ids, weights)), naive(layer, x, ids, weights)
+    assert out.dtype == torch.float32
+    assert (out - expected).square().sum() < 1e-3 * expected.square().sum()  # activations have 8 bits
+    assert torch.equal(layer.sync(layer.submit(x, ids, weights)), out.bfloat16())
+    assert torch.equal(other.sync(other.submit(x, ids, weights)), plain)
+
+
+def test_records_of_another_layer_are_refused() -> None:
+    backend, good = CpuBackend(), make_records(FAST)
+    buffers = ExpertBuffers(CONFIG, backend, 1)
+    for records in (good.records[:, :-4096].contiguous(), good.records[:0], good.records[0]):
+        with pytest.raises(ValueError, match=f"not those of a layer of experts with {DIM} columns"):
+            CpuExperts(PackedExperts(records, good.record), backend, buffers)
+    for records in (good.records.view(torch.int8), good.records[:, :-4096], good.records.to("meta")):
+        with pytest.raises(ValueError, match="contiguous uint8 in host memory"):
+            CpuExperts(PackedExperts(records, good.record), backend, buffers)
+    with pytest.raises(ValueError, match="not those of a layer"):
+        CpuExperts(PackedExperts(good.records, ExpertRecord(FAST, DIM // 2, 2 * INTER)), backend, buffers)
 
 
 def test_w1_is_the_gate_and_w3_is_not() -> None:
@@ -257,5 +309,9 @@ def test_fake_tensors_on_a_device_that_is_not_there() -> None:
         ids = torch.empty(5, TOP_K, dtype=torch.int64, device="cuda")
         out = layer.sync(layer.submit(x, ids, torch.empty(5, TOP_K, device="cuda")))
         assert out.device.type == "cuda" and out.dtype == torch.bfloat16 and out.shape == (5, DIM)
+        record = ExpertRecord(FAST, DIM, INTER)
+        packed = PackedExperts(torch.empty(EXPERTS, record.nbytes, dtype=torch.uint8), record)
+        layer = CpuExperts(packed, backend, buffers)
+        assert layer.sync(layer.submit(x, ids, torch.empty(5, TOP_K, device="cuda"))).device.type == "cuda"
         with pytest.raises(ValueError, match="keeps shape and dtype"):
             layer.submit(x, torch.empty(5, 2, dtype=torch.int64, device="cuda"), torch.empty(5, 2, device="cuda"))

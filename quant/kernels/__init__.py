@@ -4,6 +4,12 @@ vector.py   16 lanes of decoding and multiplying, in LLVM IR
 tiles.py    a few weight rows times a few tokens
 linear.py   a matrix times tokens
 moe.py      all routed experts of a layer
+routing.py  the tokens of each expert
+silu.py     between an expert's matrices
+activations.py    8-bit activations for packed weights
+packed_dot.py     a tile of 16 packed rows times a few tokens, in LLVM IR
+packed_linear.py  a packed matrix times tokens
+packed_moe.py     all routed experts of a layer, packed
 jit.py      compiling and the cache on disk
 threads.py  how many threads
 reference.py  the same results in plain NumPy, for tests

@@ -1,11 +1,16 @@
-"""What the kernels compute, in plain NumPy and float64."""
+"""What the kernels compute, in plain NumPy: in float64, or for packed weights bit by bit."""
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quant.formats import FP8_BLOCK_SIDE
+from quant.packed import BLOCK_K, ExpertRecord, PackedFormat
+from quant.packing import Bytes, float_of_bf16, levels_of, unpack
 
 Array = NDArray[np.float64]
+ACTIVATION_GROUP = 32  # values that share a scale
 
 
 def decode_fp8(data: NDArray[np.uint8]) -> Array:
@@ -52,4 +57,83 @@ def moe_experts(
         tokens, slots = np.nonzero(topk_ids == index)
         y = expert(x[tokens].astype(np.float64), *weights)
         np.add.at(out, tokens, topk_weights[tokens, slots, None].astype(np.float64) * y)
+    return out
+
+
+def quantise_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """x [T, K] in groups of 32 (docs/formats.md): q [T, K filled up with zeros to whole blocks] and scales [T, groups].
+
+    Where 127 / max|x| overflows, the largest float32 takes its place. q is 0 where it would be no number.
+    """
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK_K))).reshape(len(x), -1, ACTIVATION_GROUP)
+    largest = np.abs(padded).max(axis=2)
+    with np.errstate(all="ignore"):
+        inverse = np.minimum(np.float32(127) / largest, np.finfo(np.float32).max)
+        q = np.rint(padded * inverse[:, :, None])
+    return np.where(np.isnan(q), 0, q).astype(np.int8).reshape(len(x), -1), largest / np.float32(127)
+
+
+def multiply_add(
+    a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32], fused: bool
+) -> NDArray[np.float32]:
+    """a * b + c, rounded once if `fused`, else twice.
+
+    Once: the float64 sum is rounded to odd, by its error, so that rounding it to float32 is as if it were exact.
+    """
+    if not fused:
+        return a * b + c
+    product, addend = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    is_even = total.view(np.int64) & 1 == 0
+    odd = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where((error != 0) & is_even, odd, total).astype(np.float32)
+
+
+def packed_linear(
+    x: NDArray[np.float32], data: Bytes, fmt: PackedFormat, shape: tuple[int, int], fused: bool = True
+) -> NDArray[np.float32]:
+    """x [T, K] times a packed weight of `shape` [N, K], bit by bit as docs/formats.md says: [T, N].
+
+    `fused`: as on processors with fused multiply-adds.
+    """
+    q, x_scales = quantise_activations(x)
+    stored = unpack(data, fmt, shape)
+    products = np.einsum(
+        "tgk,ngk->tng",
+        *(values.reshape(len(values), -1, fmt.group).astype(np.int64) for values in (q, levels_of(stored.codes, fmt))),
+    )
+    if stored.block_scales is None:
+        integers, scales = products, float_of_bf16(stored.scales.astype(np.uint16))
+    else:
+        integers = (products * stored.scales).reshape(*products.shape[:2], -1, 2).sum(axis=3)
+        scales = float_of_bf16(stored.block_scales).repeat(BLOCK_K // ACTIVATION_GROUP, axis=1)
+    out = np.zeros(products.shape[:2], np.float32)
+    for group in range(x_scales.shape[1]):
+        both = scales[None, :, group] * x_scales[:, group, None]
+        out = multiply_add(integers[:, :, group].astype(np.float32), both, out, fused)
+    return out[:, : shape[0]]
+
+
+def packed_moe_experts(
+    x: NDArray[np.float32],
+    topk_ids: NDArray[np.int64],
+    topk_weights: NDArray[np.float32],
+    records: Bytes,
+    record: ExpertRecord,
+    silu: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    fused: bool = True,
+) -> NDArray[np.float32]:
+    """What `moe_experts` is, from records uint8 [E, bytes], rounded like packed_linear; sums of experts in float32."""
+    out, wide = np.zeros_like(x), (record.inter_dim, record.dim)
+    for index, data in enumerate(records):
+        tokens, slots = np.nonzero(topk_ids == index)
+        if not tokens.size:
+            continue
+        end = record.w2 + record.format.nbytes(wide[::-1])
+        w1, w3, w2 = data[: record.w3], data[record.w3 : record.w2], data[record.w2 : end]
+        gate, up = (packed_linear(x[tokens], matrix, record.format, wide, fused) for matrix in (w1, w3))
+        y = packed_linear(silu(gate) * up, w2, record.format, wide[::-1], fused)
+        np.add.at(out, tokens, topk_weights[tokens, slots, None] * y)
     return out
