@@ -33,10 +33,10 @@ CUDA_RESERVE = 3 * 2**28  # bytes; context, libraries' handles and kernels
 CONTEXT_STEP = 1024  # advice on the context comes in these steps
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
-# What gives up exactness, in this order: what the fewest tokens notice comes first.
+# Where memory is short, these take their smallest representation, one group after the other.
 LADDER: tuple[tuple[PlanComponent, ...], ...] = (("dense", "shared_expert"), ("attention",), ("kv_b",), ("head",))
 GPU_COMPONENTS = frozenset({"attention", "kv_b", "dense", "shared_expert", "norm", "router", "head"})
-# The runtime holds these in float32, whatever a checkpoint does; so it does `kv_b` outside of a GPU.
+# The runtime holds these in float32 whatever a checkpoint does, and `kv_b` too where it is not on a GPU.
 FLOAT32_COMPONENTS = ("norm", "router")
 
 # Representations that may be chosen for a tensor, the most exact one first.
@@ -105,16 +105,15 @@ def _parts(inventory: Inventory, available: Available, device: Device) -> Iterat
     for spec in inventory.tensors:
         groups.setdefault((spec.layer, planned_component(spec)), []).append(spec)
     for (layer, component), specs in groups.items():
+        tier = _tier(component, device, is_mtp=layer in inventory.mtp_layers)
         choices = [available(spec) for spec in specs]
         exact, smallest = (_form(inventory.config, specs, [choice[pick] for choice in choices]) for pick in (0, -1))
-        tier = _tier(component, device, is_mtp=layer in inventory.mtp_layers)
+        residency: Residency = "gpu" if tier == "gpu" else "mapped"
         if component in FLOAT32_COMPONENTS or component == "kv_b" and tier == "ram":
-            in_file = exact.representation == "f32"
+            if tier == "ram" and exact.representation != "f32":
+                residency = "copied"
             exact = smallest = _form(inventory.config, specs, ["f32"] * len(specs))
-        else:
-            in_file = True
-        residency: Residency = "gpu" if tier == "gpu" else "mapped" if in_file else "copied"
-        if tier == "ram" and device != "cpu":
+        elif tier == "ram" and device != "cpu":
             smallest = exact  # it is the GPU that is short, if anything
         experts = (0, inventory.config.n_routed_experts) if component == "routed_expert" else None
         yield _Part(layer, component, experts, tier, residency, exact, smallest)

@@ -36,9 +36,10 @@ class Published:
 
 def published_on_hub(hub_id: str) -> Published:
     """Read a model's config.json and headers on the Hub. Raises CheckpointError or ConfigError in a sentence."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     with _hub_errors(hub_id):
+        get_hf_file_metadata(hf_hub_url(hub_id, "config.json"))  # fails at once where a download tries again and again
         config = Path(hf_hub_download(hub_id, "config.json"))
         metadata = HfApi().get_safetensors_metadata(hub_id)
     files = metadata.files_metadata.values()
@@ -126,16 +127,12 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
         raise CheckpointError(
             f"there is no model {hub_id} on the Hub, or it is private; check the name, or log in with `hf auth login`"
         ) from None
-    except errors.LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{hub_id} cannot be looked up, as the Hub cannot be reached; check the network, or give a folder"
-        ) from None
     except errors.EntryNotFoundError:
         raise CheckpointError(f"{hub_id} has no config.json, so it is not a model that this version knows") from None
     except errors.NotASafetensorsRepoError:
         raise CheckpointError(f"{hub_id} has no safetensors files; give a model that is published in them") from None
-    except Exception as error:  # from here to the Hub there are three HTTP libraries, by version
+    except Exception as error:  # the HTTP library beneath, and so its errors, differ by version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{hub_id} cannot be looked up on the Hub ({reason}); try again, or give a folder"
+            f"{hub_id} cannot be looked up on the Hub ({reason}); check the network, or give a folder"
         ) from None
