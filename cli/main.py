@@ -62,6 +62,40 @@ def chat(options: RunOptions) -> None:
     chat_on_terminal(options)
 
 
+@app.command()
+def quantize(
+    src: Annotated[str, typer.Argument(help="Published checkpoint: folder, downloaded Hub id, or nano-r1-fp8.")],
+    dst: Annotated[str, typer.Argument(help="Folder of the store; a conversion that was stopped there goes on.")],
+    recipe: Annotated[str, typer.Option(metavar="NAME", help="accurate, fast or q8.")] = "accurate",
+    jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Convert a published checkpoint into a 4-bit store that loads in seconds."""
+    from cli.quantize import quantize
+
+    quantize(src, dst, recipe, jobs, json)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Store, checkpoint, built-in name, or any Hub id.")] = "nano-r1",
+    gpu_mem: Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory, CUDA included.")] = None,
+    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM. Default: what is available here.")] = None,
+    context: Annotated[int | None, typer.Option(metavar="N", help="Tokens a conversation may hold.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for the store that `dsr1 quantize --recipe NAME` makes.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or emulate.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Say what fits and where everything goes, before anything is downloaded."""
+    from cli.plan import plan
+
+    plan(model, gpu_mem, ram, context, recipe, device, json)
+
+
 def chat_on_terminal(options: RunOptions) -> None:
     from cli.chat import Chat
 

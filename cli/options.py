@@ -14,8 +14,12 @@ class RunOptions:
     """What the user asked of `dsr1 run` or `dsr1 chat`; None means the model's or the program's default."""
 
     model: Annotated[str, typer.Argument(help="Model folder, downloaded Hub id, or built-in name.")] = "nano-r1"
-    gpu_mem: Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory to use; 24G means 24 GiB.")] = None
-    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM that dsr1 may use for its buffers.")] = None
+    gpu_mem: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="GPU memory to use, CUDA included; 24G means 24 GiB.")
+    ] = None
+    ram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="RAM to use. Default: what is available, less a reserve.")
+    ] = None
     context: Annotated[
         int | None,
         typer.Option(metavar="N", help="Tokens a conversation may hold. Default: 32768 or the model's maximum."),
@@ -37,8 +41,11 @@ class RunOptions:
     think_budget: Annotated[int | None, typer.Option(metavar="N", min=0, help="Close the thinking after N tokens.")] = (
         None
     )
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto or cpu.")] = "auto"
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, or emulate: a GPU of --gpu-mem, counted.")] = (
+        "auto"
+    )
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the store's checksums first.")] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
 

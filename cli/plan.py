@@ -64,7 +64,7 @@ def plan(
         return
     for note in notes:
         print(note, file=sys.stderr)
-    show(made, subject.title)
+    show(made, subject.title, Console(highlight=False, markup=False))
 
 
 def find_subject(model: str, recipe: Recipe | None) -> Subject:
@@ -124,9 +124,8 @@ def _nano_folder() -> Path:
     return Path(package.origin).parent / "nano_r1"
 
 
-def show(made: Plan, title: str) -> None:
+def show(made: Plan, title: str, console: Console) -> None:
     """The plan as a table, and what it amounts to."""
-    console = Console(highlight=False, markup=False)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("part", "layers", "format", "where"):
         table.add_column(name, overflow="fold")

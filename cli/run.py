@@ -5,8 +5,11 @@ import secrets
 from dataclasses import replace
 from typing import Any
 
+from rich.console import Console
+
 from cli.options import RunOptions
 from cli.output import AnswerPrinter, say
+from cli.plan import show
 from hybrid_rt.engine import Engine
 from hybrid_rt.generation import Completion, collect
 from hybrid_rt.sampling import Sampling
@@ -39,9 +42,12 @@ def load_engine(options: RunOptions) -> Engine:
         context=options.context,
         device=options.device,
         threads=options.threads,
+        verify=options.verify,
     )
     for note in engine.notes:
         say(note)
+    if (options.gpu_mem, options.ram, options.device) != (None, None, "auto"):
+        show(engine.plan, engine.folder.name, Console(stderr=True, highlight=False, markup=False))
     return engine
 
 

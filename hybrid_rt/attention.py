@@ -43,12 +43,12 @@ class MLA(nn.Module):
             self.wq = parts.linear(f"{prefix}.wq")
         self.wkv_a = parts.linear(f"{prefix}.wkv_a")
         self.kv_norm = RMSNorm(parts.tensor(f"{prefix}.kv_norm", torch.float32), LATENT_NORM_EPS)
-        self.wkv_b = parts.tensor(f"{prefix}.wkv_b", torch.float32)
+        self.wkv_b = parts.whole(f"{prefix}.wkv_b")
         self.wo = parts.linear(f"{prefix}.wo")
 
     def forward(self, x: torch.Tensor, angles: Angles, context: AttentionContext) -> torch.Tensor:
         q_nope, q_pe = self.queries(x, angles)
-        wkv_b = self.wkv_b.unflatten(0, (self.n_heads, -1))  # [H, nope + v, kv_lora]
+        wkv_b = self.wkv_b().unflatten(0, (self.n_heads, -1))  # [H, nope + v, kv_lora]
         heads = context.attend(self.layer, q_nope, q_pe, self.latent(x, angles), wkv_b)
         return self.wo(heads.flatten(-2))
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from offload.backend import Backend
 from quant.config import ModelConfig
 
 
@@ -11,8 +12,8 @@ class LatentCache:
     Pages that no token has reached yet take no memory. `length` tokens are valid in all layers.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.data = torch.empty(config.n_layers, capacity, config.latent_dim, dtype=dtype, device=device)
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, backend: Backend) -> None:
+        self.data = backend.allocate((config.n_layers, capacity, config.latent_dim), dtype)
         self.length = 0
 
     @property

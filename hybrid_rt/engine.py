@@ -9,8 +9,9 @@ import torch
 from hybrid_rt.cache import LatentCache
 from hybrid_rt.generation_config import load_sampling
 from hybrid_rt.latent_attention import CachedAttention
-from hybrid_rt.loader import load_transformer
+from hybrid_rt.loader import Source, load_transformer, open_model
 from hybrid_rt.models import resolve_model
+from hybrid_rt.planning import check_recipe, make_backend, plan_model
 from hybrid_rt.rope import softmax_scale
 from hybrid_rt.sampling import Sampling
 from hybrid_rt.session import Session, Step
@@ -18,16 +19,12 @@ from hybrid_rt.thinking import open_thinking
 from hybrid_rt.tokenizer import Tokenizer
 from hybrid_rt.trace import Trace, trace_chunks
 from hybrid_rt.transformer import Transformer
-from offload.backend import CpuBackend
 from offload.experts import ExpertBuffers
-from offload.sizes import format_size, parse_size
-from quant.checkpoint import Checkpoint
-from quant.config import ModelConfig
-from quant.errors import ContextError, DeviceError, Dsr1Error, TokenizerError
+from offload.plan import Plan
+from quant.errors import ContextError, Dsr1Error, TokenizerError
 from quant.kernels import set_threads
+from quant.store import Store
 
-DEFAULT_CONTEXT = 32768
-PREFILL_CHUNK = 512
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -39,16 +36,16 @@ class Engine:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        source: Source,
+        plan: Plan,
         transformer: Transformer,
         buffers: ExpertBuffers,
         tokenizer: Tokenizer,
-        context: int,
         notes: list[str],
     ) -> None:
-        self.folder, self.config = checkpoint.folder, checkpoint.config
+        self.folder, self.config, self.plan = source.folder, source.config, plan
         self.transformer, self.buffers, self.tokenizer = transformer, buffers, tokenizer
-        self.context, self.notes = context, notes
+        self.backend, self.context, self.notes = buffers.backend, plan.context, notes
         self.default_sampling = load_sampling(self.folder)
         self.prefill_chunk = buffers.max_tokens
         self.scale = softmax_scale(self.config)
@@ -62,33 +59,32 @@ class Engine:
         context: int | None = None,
         device: str = "auto",
         dtype: str = "bfloat16",
+        recipe: str | None = None,
         threads: int | None = None,
+        verify: bool = False,
     ) -> "Engine":
         """Open a model folder, a built-in model or a Hub id that was downloaded.
 
         gpu_mem, ram: budgets such as "24G" (GiB). context: tokens a session may hold; by default 32768 or the
-        model's maximum. dtype: of activations and of the cache, "bfloat16" or "float32". threads: by default
-        all cores that this process may use. Raises Dsr1Error, told in a sentence, when the model cannot run.
+        model's maximum. dtype: of activations and of the cache, "bfloat16" or "float32". recipe: that of the store
+        (of the built-in model: the one to take). threads: by default all cores that this process may use. verify:
+        whether to read the whole store once and compare its checksums. Raises Dsr1Error, told in a sentence, when
+        the model cannot run.
         """
         notes: list[str] = []
-        _check_device(device, gpu_mem, notes)
         if dtype not in DTYPES:
             raise Dsr1Error(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-        checkpoint = Checkpoint.open(resolve_model(model))
-        config = checkpoint.config
-        context = choose_context(context, config.max_seq_len, notes)
-        _check_ram(ram, config, context, DTYPES[dtype])
-        tokenizer = Tokenizer.load(checkpoint.folder)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise TokenizerError(
-                f"{checkpoint.folder} has a tokenizer of {tokenizer.vocab_size} ids and embeddings of "
-                f"{config.vocab_size} rows; take tokenizer.json from the same model"
-            )
+        source = open_model(resolve_model(model, recipe, notes))
+        check_recipe(source, recipe)
+        if verify:
+            verify_model(source, notes)
+        plan = plan_model(source, gpu_mem, ram, context, device, dtype, notes)
+        tokenizer = load_tokenizer(source)
         use_threads(threads)
-        backend = CpuBackend()
-        buffers = ExpertBuffers(config, backend, min(PREFILL_CHUNK, context))
-        transformer = load_transformer(checkpoint, DTYPES[dtype], backend, buffers)
-        return cls(checkpoint, transformer, buffers, tokenizer, context, notes)
+        backend = make_backend(plan)
+        buffers = ExpertBuffers(source.config, backend, plan.prefill_chunk)
+        transformer = load_transformer(source, plan, DTYPES[dtype], backend, buffers)
+        return cls(source, plan, transformer, buffers, tokenizer, notes)
 
     def session(self) -> Session:
         """A conversation of its own, with an empty cache."""
@@ -96,7 +92,7 @@ class Engine:
 
     def new_cache(self, capacity: int) -> LatentCache:
         """An empty latent cache for `capacity` tokens."""
-        return LatentCache(self.config, capacity, self.transformer.dtype, torch.device("cpu"))
+        return LatentCache(self.config, capacity, self.transformer.dtype, self.backend)
 
     def generate(self, ids: Sequence[int], sampling: Sampling | None = None) -> Iterator[Step]:
         """`Session.generate` in a session of its own."""
@@ -105,9 +101,10 @@ class Engine:
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, cache: LatentCache) -> torch.Tensor:
         """Append up to `prefill_chunk` tokens (int64 [T]) to `cache`; returns their final states [T, dim]."""
-        context = CachedAttention(cache, ids.shape[0], self.scale)
         try:
-            states: torch.Tensor = self.transformer(ids, context)
+            with self.backend.counting():
+                context = CachedAttention(cache, ids.shape[0], self.scale)
+                states: torch.Tensor = self.transformer(ids, context)
         except BaseException:  # Ctrl+C among others: the next forward pass needs the buffers
             self.buffers.abandon()
             raise
@@ -117,7 +114,8 @@ class Engine:
     @torch.inference_mode()
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits float32 [T, vocab] of final states [T, dim]."""
-        return self.transformer.head(states).float()
+        with self.backend.counting():
+            return self.transformer.head(states).float()
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits of every position: float32 [len(ids), vocab]."""
@@ -160,17 +158,23 @@ class Engine:
         return checked
 
 
-def choose_context(asked: int | None, maximum: int, notes: list[str]) -> int:
-    """The context asked for, or the default, clamped to the model's `maximum` with a note."""
-    if asked is None:
-        if maximum < DEFAULT_CONTEXT:
-            notes.append(f"context: {maximum} tokens, the model's maximum (the default is {DEFAULT_CONTEXT})")
-        return min(DEFAULT_CONTEXT, maximum)
-    if asked < 1:
-        raise ContextError(f"a context of {asked} tokens is too small; give at least 1")
-    if asked > maximum:
-        raise ContextError(f"a context of {asked} tokens is more than the model's maximum; give at most {maximum}")
-    return asked
+def load_tokenizer(source: Source) -> Tokenizer:
+    """The model's tokenizer. Raises TokenizerError if it is missing, damaged, or another model's."""
+    tokenizer = Tokenizer.load(source.folder)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise TokenizerError(
+            f"{source.folder} has a tokenizer of {tokenizer.vocab_size} ids and embeddings of "
+            f"{source.config.vocab_size} rows; take tokenizer.json from the same model"
+        )
+    return tokenizer
+
+
+def verify_model(source: Source, notes: list[str]) -> None:
+    """Compare the checksums of a store. Raises StoreError naming the files that differ."""
+    if isinstance(source, Store):
+        source.verify(lambda _: None)
+    else:
+        notes.append("--verify is without effect: a published checkpoint carries no checksums")
 
 
 def use_threads(threads: int | None) -> None:
@@ -181,23 +185,3 @@ def use_threads(threads: int | None) -> None:
     count = min(threads or available, available)
     torch.set_num_threads(count)
     set_threads(count)
-
-
-def _check_device(device: str, gpu_mem: str | int | None, notes: list[str]) -> None:
-    if device not in ("auto", "cpu"):
-        raise DeviceError(f"device {device!r} is not available in this version; use cpu or auto")
-    if gpu_mem is not None:
-        parse_size(gpu_mem)
-        notes.append("--gpu-mem is without effect: this version runs on the CPU")
-
-
-def _check_ram(ram: str | int | None, config: ModelConfig, context: int, dtype: torch.dtype) -> None:
-    """The cache is what grows with the context; weights are mapped and may leave memory at any time."""
-    if ram is None:
-        return
-    needed = config.n_layers * context * config.latent_dim * dtype.itemsize
-    if needed > parse_size(ram):
-        raise ContextError(
-            f"the latent cache of {context} tokens takes {format_size(needed)}, more than --ram {ram}; "
-            "give a smaller --context or more --ram"
-        )

@@ -1,5 +1,6 @@
 """The small parts that blocks are made of, and where they get their weights."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,9 @@ class Parts(Protocol):
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor `name`, whole: in `dtype`, or in the model's when None."""
+
+    def whole(self, name: str) -> Callable[[], torch.Tensor]:
+        """A call that gives the matrix `name` in float32: kept so, or decoded each time where memory is short."""
 
     def embedding(self, name: str) -> torch.Tensor:
         """The embedding table `name` [vocab, dim] as it is stored."""

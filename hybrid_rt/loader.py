@@ -1,47 +1,94 @@
-"""From an opened checkpoint to a model that runs: each part of the model asks for its weights by name."""
+"""From an opened model folder to a model that runs: each part of the model asks for its weights by name.
+
+What a part gets follows from the plan: in which format, and whether on the model's device or in mapped files.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from hybrid_rt.layers import Linear
 from hybrid_rt.transformer import Transformer
 from offload.backend import Backend
-from offload.experts import CpuExperts, ExpertBuffers
+from offload.experts import CpuExperts, ExpertBuffers, ExpertWeights, PackedExperts
+from offload.plan import Placement, Plan, planned_component
 from quant.checkpoint import Checkpoint
+from quant.dequantize import dequantize
 from quant.formats import QuantTensor
+from quant.store import Store, is_store
+
+Source = Checkpoint | Store
 
 
-class CheckpointParts:
-    """Weights of a checkpoint, in the formats in which they are stored (`Parts`).
+def open_model(folder: Path) -> Source:
+    """The checkpoint or store in `folder`. Raises Dsr1Error when it is neither, or damaged."""
+    return Store.open(folder) if is_store(folder) else Checkpoint.open(folder)
 
-    Matrices and experts stay views of the mapped files. Copied in float32 are only the norms, the routers,
-    and `wkv_b`, which attention reads in two forms.
+
+class StoredParts:
+    """Weights of a checkpoint or a store, where the plan wants them (`Parts`).
+
+    Matrices and experts stay views of the mapped files, unless they belong on the device. Norms and routers are
+    float32; so is `wkv_b` where there is no GPU tier, because attention reads it in two forms.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, backend: Backend, buffers: ExpertBuffers) -> None:
-        self.checkpoint, self.dtype, self.backend, self.buffers = checkpoint, dtype, backend, buffers
+    def __init__(
+        self, source: Source, plan: Plan, dtype: torch.dtype, backend: Backend, buffers: ExpertBuffers
+    ) -> None:
+        self.source, self.plan, self.dtype, self.backend, self.buffers = source, plan, dtype, backend, buffers
 
     def linear(self, name: str) -> Linear:
-        return Linear(self.checkpoint.weight(name))
+        return Linear(self._matrix(name))
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.checkpoint.weight(name).dequantize(dtype or self.dtype)
+        values = self.source.weight(name).dequantize(dtype or self.dtype)
+        return self._put(values, self._placement(name))
+
+    def whole(self, name: str) -> Callable[[], torch.Tensor]:
+        if self._placement(name).tier == "gpu":
+            weight = self._matrix(name)
+            return lambda: dequantize(weight)
+        values = dequantize(self.source.weight(name))
+        return lambda: values
 
     def embedding(self, name: str) -> torch.Tensor:
-        return self.checkpoint.weight(name).data
+        return self.source.weight(name).data
 
     def experts(self, layer: int) -> CpuExperts:
-        weights = [self._expert(layer, expert) for expert in range(self.checkpoint.config.n_routed_experts)]
-        return CpuExperts(weights, self.backend, self.buffers)
+        return CpuExperts(layer_experts(self.source, layer), self.backend, self.buffers)
 
-    def _expert(self, layer: int, expert: int) -> tuple[QuantTensor, QuantTensor, QuantTensor]:
-        prefix = f"layers.{layer}.ffn.experts.{expert}"
-        w1, w2, w3 = (self.checkpoint.weight(f"{prefix}.{w}") for w in ("w1", "w2", "w3"))
-        return w1, w2, w3
+    def _matrix(self, name: str) -> QuantTensor:
+        """A matrix in the plan's representation, on the device if the plan has it there."""
+        placement = self._placement(name)
+        planned = placement.representation.split("+")
+        chosen = next(choice for choice in self.source.representations(name) if choice in planned)
+        weight = self.source.weight(name, chosen)
+        scale = None if weight.scale is None else self._put(weight.scale, placement)
+        return QuantTensor(weight.format, weight.shape, self._put(weight.data, placement), scale)
+
+    def _put(self, tensor: torch.Tensor, placement: Placement) -> torch.Tensor:
+        return self.backend.place(placement.component, tensor) if placement.tier == "gpu" else tensor
+
+    def _placement(self, name: str) -> Placement:
+        spec = self.source.inventory.by_name[name]
+        return self.plan.placement(spec.layer, planned_component(spec))
+
+
+def layer_experts(source: Source, layer: int) -> list[ExpertWeights] | PackedExperts:
+    """The routed experts of a layer, as views of the mapped files."""
+    if isinstance(source, Store):
+        return PackedExperts(source.expert_records(layer), source.record)
+    return [_expert(source, f"layers.{layer}.ffn.experts.{expert}") for expert in range(source.config.n_routed_experts)]
+
+
+def _expert(source: Checkpoint, prefix: str) -> ExpertWeights:
+    return source.weight(f"{prefix}.w1"), source.weight(f"{prefix}.w2"), source.weight(f"{prefix}.w3")
 
 
 def load_transformer(
-    checkpoint: Checkpoint, dtype: torch.dtype, backend: Backend, buffers: ExpertBuffers
+    source: Source, plan: Plan, dtype: torch.dtype, backend: Backend, buffers: ExpertBuffers
 ) -> Transformer:
-    """The model of `checkpoint`, for forward passes of as many tokens as `buffers` hold."""
-    parts = CheckpointParts(checkpoint, dtype, backend, buffers)
-    return Transformer(checkpoint.config, parts, dtype, len(checkpoint.mtp_layers)).eval()
+    """The model of `source`, for forward passes of as many tokens as `buffers` hold."""
+    parts = StoredParts(source, plan, dtype, backend, buffers)
+    return Transformer(source.config, parts, dtype, len(source.mtp_layers)).eval()

@@ -3,23 +3,42 @@
 import re
 from pathlib import Path
 
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, StoreError
 
 NANO_R1 = Path(__file__).parent / "nano_r1"
-BUILT_IN = {"nano-r1": NANO_R1, "nano-r1-fp8": NANO_R1}
 DEFAULT_MODEL = "nano-r1"
+CHECKPOINT = "nano-r1-fp8"
+BUILT_IN = (DEFAULT_MODEL, CHECKPOINT)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve_model(name: str | Path | None) -> Path:
+def resolve_model(name: str | Path | None, recipe: str | None, notes: list[str]) -> Path:
     """The folder of a model: a folder's path, a built-in name, a Hub id downloaded before, or None for the default.
 
-    Raises CheckpointError when there is no such model.
+    recipe: of the built-in model's store. What a user should know about the choice is added to `notes`. Raises
+    CheckpointError when there is no such model, StoreError when there is no such recipe.
     """
-    if name is None:
-        name = DEFAULT_MODEL
+    if name is None or str(name) == DEFAULT_MODEL:
+        return _nano_store(recipe, notes)
+    return resolve_checkpoint(name)
+
+
+def _nano_store(recipe: str | None, notes: list[str]) -> Path:
+    from hybrid_rt.nano_store import nano_store
+
+    try:
+        return nano_store(recipe)
+    except OSError as error:
+        if recipe is not None:
+            raise StoreError(f"nano-r1's store cannot be made in the cache folder ({error})") from None
+        notes.append(f"the cache folder cannot take nano-r1's store ({error}), so its FP8 checkpoint runs")
+        return NANO_R1
+
+
+def resolve_checkpoint(name: str | Path) -> Path:
+    """As `resolve_model`, for what reads the published form: "nano-r1" is the shipped checkpoint here."""
     if str(name) in BUILT_IN:
-        return BUILT_IN[str(name)]
+        return NANO_R1
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

@@ -10,6 +10,7 @@ whoever queues them keeps the tensors alive, and unchanged by other streams, unt
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,6 +72,15 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Return when all work of all streams is done."""
 
+    def place(self, label: str, tensor: Tensor) -> Tensor:
+        """`tensor`, a weight on the host, where the model's operators can read it for as long as it lives.
+
+        label: the component that it belongs to. Raises DeviceError when the device has no room for it.
+        """
+
+    def counting(self) -> AbstractContextManager[None]:
+        """Around a forward pass: lets a backend that keeps count of the device's memory see the temporaries."""
+
 
 class CpuBackend:
     """Everything runs at once, on the caller's thread: the order of calls is the order of work.
@@ -106,6 +116,12 @@ class CpuBackend:
 
     def synchronize(self) -> None:
         pass
+
+    def place(self, label: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def counting(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def _check_copy(dst: Tensor, src: Tensor) -> None:
@@ -187,3 +203,9 @@ class RecordingBackend:
     def synchronize(self) -> None:
         self.operations.append(Operation("synchronize"))
         self.inner.synchronize()
+
+    def place(self, label: str, tensor: Tensor) -> Tensor:
+        return self.inner.place(label, tensor)
+
+    def counting(self) -> AbstractContextManager[None]:
+        return self.inner.counting()

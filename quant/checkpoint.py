@@ -63,8 +63,18 @@ class Checkpoint:
         """Bytes of all tensors, scales included."""
         return sum(shard.nbytes for shard in self.shards)
 
-    def weight(self, name: str) -> QuantTensor:
-        """The tensor of our `name`, as a view of the mapped file. Raises KeyError for a name without a tensor."""
+    def representations(self, name: str) -> tuple[str]:
+        """The one format in which a tensor is there. Raises KeyError for a name without a tensor."""
+        source = self.inventory.by_name[name].source
+        return (FORMAT_OF_DTYPE[self._where[source].spec(source).dtype].name,)
+
+    def weight(self, name: str, representation: str | None = None) -> QuantTensor:
+        """The tensor of our `name`, as a view of the mapped file.
+
+        Raises KeyError for a name without a tensor, or for another `representation` than the one that is there.
+        """
+        if representation is not None and representation not in self.representations(name):
+            raise KeyError(f"{name} is not stored as {representation}")
         spec = self.inventory.by_name[name]
         shard = self._where[spec.source]
         fmt = FORMAT_OF_DTYPE[shard.spec(spec.source).dtype]

@@ -18,7 +18,7 @@ TENSOR_ALIGNMENT = 64
 ScaleKind = Literal["bf16", "i6xbf16"]
 
 # Fitted to groups of 16 Gaussian values whose scale may have either sign (tools/formats/fit_levels.py).
-GAUSS_16 = (-127, -107, -87, -69, -53, -38, -23, -10, 3, 16, 29, 42, 56, 71, 89, 113)
+GAUSS_16 = (-127, -102, -82, -63, -48, -34, -21, -9, 3, 15, 28, 42, 58, 75, 95, 123)
 
 
 @dataclass(frozen=True)

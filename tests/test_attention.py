@@ -18,6 +18,7 @@ from hybrid_rt.attention import MLA
 from hybrid_rt.cache import LatentCache
 from hybrid_rt.latent_attention import CachedAttention, attend_absorbed, attend_decompressed
 from hybrid_rt.rope import Rope, softmax_scale
+from offload.backend import CpuBackend
 from quant.config import parse_config
 from quant.inventory import Inventory
 from tests.tiny_checkpoint import tiny_config
@@ -184,6 +185,10 @@ class RandomParts:
         shape = self.inventory.by_name[name].shape
         return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype or self.dtype)
 
+    def whole(self, name: str) -> Callable[[], torch.Tensor]:
+        values = self.tensor(name, torch.float32)
+        return lambda: values
+
     def linear(self, name: str) -> nn.Module:
         rows, columns = self.inventory.by_name[name].shape
         linear = nn.Linear(columns, rows, bias=False, dtype=self.dtype)
@@ -212,7 +217,7 @@ class Layer:
         self.config = parse_config(tiny_config(QUARTER_OF_R1))
         self.attention = MLA(self.config, 0, RandomParts(Inventory.of(self.config), dtype))
         self.rope, self.scale, self.dtype = Rope(self.config), softmax_scale(self.config), dtype
-        self.cache = LatentCache(self.config, capacity, dtype, torch.device("cpu"))
+        self.cache = LatentCache(self.config, capacity, dtype, CpuBackend())
         self.cache.data.fill_(float("nan"))
 
     def fill(self, tokens: int) -> None:

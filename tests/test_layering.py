@@ -32,7 +32,10 @@ def test_imports_run_one_way(layer: str) -> None:
         assert not imported_packages(path) & above, path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["chat", "--help"]])
+COMMANDS = ("run", "chat", "quantize", "plan")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_light_commands_import_no_heavy_package(arguments: list[str]) -> None:
     code = (
         "import sys\n"

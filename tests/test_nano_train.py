@@ -9,7 +9,7 @@ from hybrid_rt.engine import Engine
 from quant.checkpoint import Checkpoint
 from quant.config import ModelConfig, parse_config
 from tools.nano_r1.decode import decode_greedily
-from tools.nano_r1.evaluate import Score, examine, load
+from tools.nano_r1.evaluate import Score, examine, load_checkpoint
 from tools.nano_r1.export import export
 from tools.nano_r1.model import CONFIG, PackedContext, Rows, Trainee, causal_attention, grouped_mm, pack
 from tools.nano_r1.optim import orthogonalize
@@ -134,12 +134,12 @@ def test_the_exported_model_says_what_the_trained_one_says(trained: tuple[Traine
     expected = next_tokens(trainee.trainee, ids)
     difference = (engine.logits(ids) - expected).abs().max()
     assert difference < 0.05 * expected.abs().max()  # FP8 rounds to 3 bits after the first
-    exported = next_tokens(load(Checkpoint.open(folder)), ids)
+    exported = next_tokens(load_checkpoint(Checkpoint.open(folder)), ids)
     assert torch.allclose(engine.logits(ids), exported, atol=1e-3)
 
 
 def test_decoding_many_at_once_is_decoding_each(trained: tuple[Trainer, Path]) -> None:
-    model = load(Checkpoint.open(trained[1]))
+    model = load_checkpoint(Checkpoint.open(trained[1]))
     prompts = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
     for prompt, answer in zip(prompts, decode_greedily(model.model, TINY, prompts, 6), strict=True):
         logits = next_tokens(model, prompt + answer)
@@ -147,7 +147,7 @@ def test_decoding_many_at_once_is_decoding_each(trained: tuple[Trainer, Path]) -
 
 
 def test_use_counts_every_token_once_a_layer(trained: tuple[Trainer, Path]) -> None:
-    use = examine(load(Checkpoint.open(trained[1])), [([8, 9, 10, 11], 1), (list(range(12, 30)), 4)])
+    use = examine(load_checkpoint(Checkpoint.open(trained[1])), [([8, 9, 10, 11], 1), (list(range(12, 30)), 4)])
     assert use.tokens.sum(1).tolist() == [(4 + 18) * TINY.n_activated_experts] * 2
     assert use.drafted == 2 + 14 and 0 <= use.accepted <= use.drafted  # the second token has no draft
 

@@ -6,7 +6,6 @@ the same files, each put in place whole.
 """
 
 import hashlib
-import os
 import sys
 import tempfile
 import threading
@@ -19,6 +18,8 @@ import numba
 import torch
 from llvmlite import binding
 from numba.extending import register_jitable
+
+from quant.user_cache import user_cache
 
 # For functions that kernels call: they are compiled into their callers. `shared` ones run in plain Python too.
 inner: Callable[[Callable[..., Any]], Any] = numba.njit(nogil=True, error_model="numpy")
@@ -71,7 +72,7 @@ def _enable_cache(dispatcher: Any) -> None:
 @cache
 def cache_folder() -> Path | None:
     """Where this machine's kernels are kept; None if nothing can be written there."""
-    folder = _user_cache() / "dsr1" / "kernels" / _fingerprint()
+    folder = user_cache() / "kernels" / _fingerprint()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -86,17 +87,12 @@ def kernels_cached() -> bool:
     return folder is not None and any(folder.rglob("*.nbc"))
 
 
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
 def _fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
-    digest.update((Path(__file__).parent.parent / "formats.py").read_bytes())
+    for name in ("formats.py", "packed.py", "encode_reference.py"):
+        digest.update((Path(__file__).parent.parent / name).read_bytes())
     config: Any = numba.config
     asked, features = f"{config.CPU_NAME} {config.CPU_FEATURES}", binding.get_host_cpu_features().flatten()
     digest.update(f"{numba.__version__} {sys.version} {binding.get_host_cpu_name()} {features} {asked}".encode())

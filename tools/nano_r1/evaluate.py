@@ -1,6 +1,8 @@
-"""Measure a checkpoint of nano-r1 on problems that it was never trained on.
+"""Measure a checkpoint or a store of nano-r1 on problems that it was never trained on.
 
 python -m tools.nano_r1.evaluate hybrid_rt/nano_r1 --json result.json
+
+A checkpoint's weights are dequantised to float32. A store runs through the kernels that serve its users.
 """
 
 import argparse
@@ -14,11 +16,19 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from hybrid_rt.loader import load_transformer, open_model
+from hybrid_rt.planning import plan_model
+from hybrid_rt.transformer import Transformer
+from offload.backend import CpuBackend
+from offload.experts import ExpertBuffers
 from quant.checkpoint import Checkpoint
+from quant.config import ModelConfig
+from quant.kernels import set_threads
+from quant.store import Store
 from tools.nano_r1.decode import decode_greedily
 from tools.nano_r1.export import trained_tensor
 from tools.nano_r1.model import PackedContext, Trainee, pack
@@ -75,8 +85,39 @@ class Use:
 Sequence = tuple[list[int], int]  # token ids, and the number of them that were the prompt
 
 
+class Runnable(Protocol):
+    """What answers problems."""
+
+    config: ModelConfig
+    model: Transformer
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model on the runtime's own kernels."""
+
+    config: ModelConfig
+    model: Transformer
+
+
+def load(folder: Path) -> Runnable:
+    """The model in `folder`, a checkpoint or a store."""
+    source = open_model(folder)
+    return load_checkpoint(source) if isinstance(source, Checkpoint) else load_store(source)
+
+
+def load_store(store: Store) -> Stored:
+    """The store as `dsr1 run --device cpu` has it, for batches of many sequences."""
+    notes: list[str] = []
+    plan = plan_model(store, None, None, None, "cpu", "float32", notes)
+    set_threads(1)
+    backend = CpuBackend()
+    buffers = ExpertBuffers(store.config, backend, TOKENS_AT_ONCE * 4)
+    return Stored(store.config, load_transformer(store, plan, torch.float32, backend, buffers))
+
+
 @torch.no_grad()
-def load(checkpoint: Checkpoint) -> Trainee:
+def load_checkpoint(checkpoint: Checkpoint) -> Trainee:
     """The model with the weights of `checkpoint`, dequantised to float32."""
     trainee = Trainee(checkpoint.config)
     state = {"parameters": trainee.parts.parameters, "biases": trainee.parts.biases}
@@ -85,7 +126,7 @@ def load(checkpoint: Checkpoint) -> Trainee:
     return trainee.eval().requires_grad_(False)
 
 
-def measure(trainee: Trainee, name: str, problems: int, seed: int) -> tuple[Score, list[Sequence]]:
+def measure(runnable: Runnable, name: str, problems: int, seed: int) -> tuple[Score, list[Sequence]]:
     """Answer `problems` held-out problems of a task, in random wordings."""
     task, rng = TASKS[name], Random(f"{name} wording {seed}")
     held_out = task.test_set(problems, seed)
@@ -94,7 +135,7 @@ def measure(trainee: Trainee, name: str, problems: int, seed: int) -> tuple[Scor
     answers: dict[int, list[int]] = {}
     for first in range(0, problems, BATCH):
         rows = order[first : first + BATCH]
-        outputs = decode_greedily(trainee.model, trainee.config, [prompts[i] for i in rows], LIMIT)
+        outputs = decode_greedily(runnable.model, runnable.config, [prompts[i] for i in rows], LIMIT)
         answers |= dict(zip(rows, outputs, strict=True))
     correct = sum(is_correct(task, problem, answers[i]) for i, problem in enumerate(held_out))
     tokens = sum(map(len, answers.values())) / problems
@@ -137,7 +178,7 @@ def padded_batches(sequences: list[Sequence]) -> Iterator[tuple[torch.Tensor, to
         yield ids, mask
 
 
-def as_markdown(scores: list[Score], use: Use) -> str:
+def as_markdown(scores: list[Score], use: Use | None) -> str:
     lines = ["| task | correct | 95 % interval | problems | tokens an answer |", "|---|---|---|---|---|"]
     for score in scores:
         low, high = score.interval()
@@ -145,6 +186,8 @@ def as_markdown(scores: list[Score], use: Use) -> str:
             f"| {score.task} | {score.accuracy:.1%} | {low:.1%} – {high:.1%} | {score.problems} "
             f"| {score.mean_tokens:.0f} |"
         )
+    if use is None:
+        return "\n".join(lines)
     least, most = use.shares.min(), use.shares.max()
     lines += [
         "",
@@ -154,26 +197,27 @@ def as_markdown(scores: list[Score], use: Use) -> str:
     return "\n".join(lines)
 
 
-def evaluate_task(folder: Path, name: str, problems: int, seed: int) -> tuple[Score, Use]:
+def evaluate_task(folder: Path, name: str, problems: int, seed: int) -> tuple[Score, Use | None]:
     """One task on one core: tasks run beside each other, which threads of one task would not do as well."""
     torch.set_num_threads(1)
-    trainee = load(Checkpoint.open(folder))
-    score, sequences = measure(trainee, name, problems, seed)
+    runnable = load(folder)
+    score, sequences = measure(runnable, name, problems, seed)
     print(f"{name}: {score.accuracy:.1%}", flush=True)
-    return score, examine(trainee, sequences)
+    return score, examine(runnable, sequences) if isinstance(runnable, Trainee) else None
 
 
-def evaluate(folder: Path, problems: int, seed: int) -> tuple[list[Score], Use]:
+def evaluate(folder: Path, problems: int, seed: int) -> tuple[list[Score], Use | None]:
     """All tasks, the one with the longest answers first."""
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         running = {name: pool.submit(evaluate_task, folder, name, problems, seed) for name in reversed(TASKS)}
         results = [running[name].result() for name in TASKS]
-    return [score for score, _ in results], reduce(add, (use for _, use in results))
+    uses = [use for _, use in results if use is not None]
+    return [score for score, _ in results], reduce(add, uses) if uses else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="checkpoint folder")
+    parser.add_argument("folder", type=Path, help="checkpoint or store")
     parser.add_argument("--problems", type=int, default=1000, help="for each task")
     parser.add_argument("--seed", type=int, default=0, help="of the problems and their wordings")
     parser.add_argument("--json", type=Path, help="write the results here, too")
@@ -181,11 +225,9 @@ def main() -> None:
     scores, use = evaluate(arguments.folder, arguments.problems, arguments.seed)
     print(as_markdown(scores, use))
     if arguments.json:
-        results = {
-            "scores": [asdict(score) | {"interval": score.interval()} for score in scores],
-            "expert_shares": use.shares.tolist(),
-            "mtp_acceptance": use.acceptance,
-        }
+        results: dict[str, Any] = {"scores": [asdict(score) | {"interval": score.interval()} for score in scores]}
+        if use is not None:
+            results |= {"expert_shares": use.shares.tolist(), "mtp_acceptance": use.acceptance}
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

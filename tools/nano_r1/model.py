@@ -3,6 +3,7 @@
 Shapes: B sequences of L tokens, T = B * L of them in one row, K experts a token, E experts in all.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +202,10 @@ class TrainParts:
         if name.endswith("gate.bias"):
             return self.biases.setdefault(name, torch.zeros(shape))
         return self._keep(name, torch.ones(shape)) if len(shape) == 1 else self._matrix(name, shape)
+
+    def whole(self, name: str) -> Callable[[], torch.Tensor]:
+        matrix = self.tensor(name)
+        return lambda: matrix
 
     def embedding(self, name: str) -> torch.Tensor:
         return self._keep("embed", torch.randn(self.specs[name].shape, generator=self.rng) * EMBED_STD)

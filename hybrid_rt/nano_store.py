@@ -1,0 +1,45 @@
+"""nano-r1's 4-bit store: made from the shipped checkpoint when it is first wanted, and kept in the user's cache."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import quant
+from hybrid_rt.models import NANO_R1
+from quant.checkpoint import Checkpoint
+from quant.convert import convert
+from quant.recipes import DEFAULT_RECIPE, find_recipe
+from quant.store import is_store
+from quant.user_cache import user_cache
+
+
+def nano_store(recipe: str | None) -> Path:
+    """The folder of the store. Processes that make it at once do not meet: the first to finish puts its own in place.
+
+    recipe: None for the default. Raises OSError where the cache cannot be written, StoreError for an unknown recipe.
+    """
+    name = find_recipe(recipe or DEFAULT_RECIPE).name
+    folder = user_cache() / "stores" / f"nano-r1-{name}-{_fingerprint()}"
+    if is_store(folder):
+        return folder
+    own = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        own.parent.mkdir(parents=True, exist_ok=True)
+        convert(Checkpoint.open(NANO_R1), own, name)
+        own.rename(folder)
+    except OSError:
+        if not is_store(folder):
+            raise
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    return folder
+
+
+def _fingerprint() -> str:
+    """Changes with the checkpoint and with anything that decides a store's bytes."""
+    digest = hashlib.sha256()
+    sources = Path(quant.__file__).parent
+    for path in sorted([*NANO_R1.iterdir(), *sources.glob("*.py"), sources / "kernels" / "encode.py"]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
