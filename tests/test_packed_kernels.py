@@ -116,7 +116,7 @@ def test_multiply_add_of_the_reference_rounds_once() -> None:
     assert reference.multiply_add(small, small, one, fused=True)[0] == np.float32(1 + 2.0**-23)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 300),
     st.sampled_from([1.0, 1e-30, 1e-38, 1e-42, 1e37]),
@@ -141,7 +141,7 @@ def test_activations_are_quantised_as_in_numpy(k: int, size: float, offset: int,
         np.testing.assert_array_equal(blocks[:, start:end].copy().view(np.int32).reshape(-1), sums)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(FORMATS),
     st.integers(1, 9),
@@ -192,7 +192,7 @@ def test_nan_and_infinity_reach_only_their_token(fmt: PackedFormat) -> None:
     assert not ops.linear(x[1:2], weight).isfinite().any()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(FORMATS),
     st.integers(1, 12),
