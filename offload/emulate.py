@@ -45,9 +45,12 @@ class Ledger:
     def left(self) -> int:
         return self.budget - self.used
 
-    def take(self, label: str, nbytes: int) -> int:
-        """Count `nbytes` more; returns what to give back. Raises DeviceError, and counts nothing, beyond the budget."""
-        rounded = -(-nbytes // GRANULARITY) * GRANULARITY
+    def take(self, label: str, nbytes: int, unit: int = GRANULARITY) -> int:
+        """Count `nbytes` more, in whole units; returns what to give back.
+
+        Raises DeviceError, and counts nothing, beyond the budget.
+        """
+        rounded = -(-nbytes // unit) * unit
         if rounded > self.left:
             raise DeviceError(
                 f"{label} asks for {format_size(nbytes)} of GPU memory, and {format_size(self.left)} of "
@@ -66,13 +69,13 @@ class Ledger:
         self.used += nbytes
         self.used_by[label] += nbytes
 
-    def count(self, label: str, tensor: Tensor) -> None:
+    def count(self, label: str, tensor: Tensor, unit: int = GRANULARITY) -> None:
         """Count the storage of `tensor` until it is freed, unless it counts already. Raises DeviceError as `take`."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages or not storage.nbytes():
             return
-        taken = self.take(label, storage.nbytes())
+        taken = self.take(label, storage.nbytes(), unit)
 
         def freed(_: Any) -> None:
             del self._storages[key]
@@ -90,10 +93,13 @@ class EmulatedBackend(CpuBackend):
         self.on_host = False  # whether what runs now would run on the host
 
     def place(self, label: str, tensor: Tensor) -> Tensor:
-        """Count a weight under `label` until it is freed. A view of something larger is copied, as for a device."""
+        """Count a weight under `label` until it is freed. A view of something larger is copied, as for a device.
+
+        Counted exactly: weights live as long as the model, so they share allocations and nothing is rounded up.
+        """
         with self._uncounted():
             alone = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-        self.ledger.count(label, alone)
+        self.ledger.count(label, alone, unit=1)
         return alone
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:

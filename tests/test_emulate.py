@@ -71,7 +71,7 @@ def test_placed_weights_count_once_each(backend: EmulatedBackend) -> None:
     mapped = torch.arange(4096, dtype=torch.uint8)
     whole, part = backend.place("head", mapped), backend.place("attention", mapped[:1000])
     assert torch.equal(part, mapped[:1000]) and torch.equal(whole, mapped)
-    assert backend.ledger.used_by == {"head": 4096, "attention": 1024}
+    assert backend.ledger.used_by == {"head": 4096, "attention": 1000}
     del part
     assert backend.ledger.used_by["attention"] == 0 and backend.ledger.used == 4096
 

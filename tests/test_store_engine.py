@@ -1,0 +1,180 @@
+"""Stores that run: against the checkpoint they were made from, on the CPU and on an emulated GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid_rt import Engine, Sampling
+from hybrid_rt.generation import collect
+from hybrid_rt.models import NANO_R1, resolve_model
+from offload.emulate import EmulatedBackend
+from offload.plan import PlanError
+from quant.checkpoint import Checkpoint
+from quant.convert import convert
+from quant.errors import Dsr1Error, StoreError
+from quant.recipes import RECIPES
+from quant.store import Store, is_store
+from tests.test_cli import dsr1, refused
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Relative error of logits, which a random model of three layers makes of the formats' errors.
+LIMITS = {"q8": 0.05, "accurate": 0.35, "fast": 0.45}
+
+
+@pytest.fixture(scope="module")
+def stores(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A store of each recipe, of one small model."""
+    folder = tmp_path_factory.mktemp("stores")
+    for recipe in RECIPES:
+        convert(Checkpoint.open(chat_folder), folder / recipe, recipe)
+    return {recipe: folder / recipe for recipe in RECIPES}
+
+
+def random_ids(engine: Engine, count: int, seed: int = 0) -> list[int]:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(engine.config.vocab_size, (count,), generator=rng).tolist()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_store_says_nearly_what_its_checkpoint_says(recipe: str, chat_folder: Path, stores: dict[str, Path]) -> None:
+    checkpoint = Engine.load(chat_folder, dtype="float32", threads=1)
+    store = Engine.load(stores[recipe], dtype="float32", threads=1)
+    ids = random_ids(checkpoint, 60)
+    expected, logits = checkpoint.logits(ids), store.logits(ids)
+    error = ((logits - expected).norm() / expected.norm()).item()
+    assert 0.001 < error < LIMITS[recipe]
+
+
+def test_chunks_of_a_store_change_next_to_nothing(stores: dict[str, Path]) -> None:
+    engine = Engine.load(stores["accurate"], dtype="float32", threads=1)
+    ids = random_ids(engine, 40, seed=1)
+    whole = engine.logits(ids)[-1]
+    session = engine.session()
+    session.append(ids[:7])
+    for token in ids[7:10]:
+        session.append([token])
+    error = ((session.append(ids[10:]) - whole).norm() / whole.norm()).item()
+    assert error < 0.02  # a rounded activation may fall on the other side
+
+
+def test_a_store_answers_and_streams(stores: dict[str, Path]) -> None:
+    done = dsr1("run", stores["fast"], "--json", "-p", "Hello", "--max-new-tokens", 6, "--seed", 1)
+    record = json.loads(done.stdout)
+    assert done.returncode == 0 and 1 <= len(record["token_ids"]) <= 6
+
+
+def test_an_emulated_gpu_gives_the_same_tokens_within_its_budget(stores: dict[str, Path]) -> None:
+    sampling = Sampling(temperature=0, max_new_tokens=8)
+    alone = Engine.load(stores["accurate"], context=200, threads=1)
+    ids = random_ids(alone, 150)
+    emulated = Engine.load(stores["accurate"], gpu_mem="2G", context=200, device="emulate", threads=1)
+    assert collect(emulated.generate(ids, sampling)).token_ids == collect(alone.generate(ids, sampling)).token_ids
+    assert emulated.plan.device == "emulate" and emulated.plan.representation(1, "attention") == "q8"
+
+
+def counted_weights(engine: Engine) -> int:
+    """Bytes of the GPU tier's weights, as the ledger has them."""
+    assert isinstance(engine.backend, EmulatedBackend)
+    counted = engine.backend.ledger.used_by
+    return sum(counted[placement] for placement in {p.component for p in engine.plan.placements if p.tier == "gpu"})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_plan_s_bytes_are_the_bytes_counted(recipe: str, stores: dict[str, Path]) -> None:
+    engine = Engine.load(stores[recipe], gpu_mem="2G", context=256, device="emulate", threads=1)
+    assert counted_weights(engine) == engine.plan.weight_bytes("gpu")
+    session = engine.session()
+    assert session.cache.data.nbytes == engine.plan.cache_bytes
+
+
+def test_a_checkpoint_s_plan_counts_its_own_formats(chat_folder: Path) -> None:
+    engine = Engine.load(chat_folder, gpu_mem="2G", context=256, device="emulate", threads=1)
+    assert engine.plan.representation(1, "attention") == "fp8_block"
+    assert counted_weights(engine) == engine.plan.weight_bytes("gpu")
+
+
+@pytest.mark.parametrize("context", [100, 1500])
+def test_the_largest_prompt_stays_within_the_smallest_budget(context: int, stores: dict[str, Path]) -> None:
+    plan = Engine.load(stores["accurate"], gpu_mem="2G", context=context, device="emulate", threads=1).plan
+    engine = Engine.load(stores["accurate"], gpu_mem=plan.gpu_bytes, context=context, device="emulate", threads=1)
+    completion = collect(engine.generate(random_ids(engine, context), Sampling(temperature=0, max_new_tokens=3)))
+    assert completion.finish_reason in ("length", "stop")
+    ledger = engine.backend.ledger
+    assert (
+        counted_weights(engine) + plan.cache_bytes < ledger.peak <= ledger.budget == plan.gpu_bytes - plan.reserve_bytes
+    )
+
+
+def test_a_smaller_budget_takes_4_bits_and_then_is_refused(stores: dict[str, Path]) -> None:
+    roomy = Engine.load(stores["accurate"], gpu_mem="2G", context=64, device="emulate", threads=1).plan
+    tight = Engine.load(stores["accurate"], gpu_mem=roomy.gpu_bytes - 1, context=64, device="emulate", threads=1)
+    assert {p.representation for p in tight.plan.placements if p.component == "shared_expert"} == {"accurate"}
+    assert counted_weights(tight) == tight.plan.weight_bytes("gpu") < roomy.weight_bytes("gpu")
+    tokens = collect(tight.generate([5, 6, 7], Sampling(temperature=0, max_new_tokens=2))).token_ids
+    assert len(tokens) <= 2
+    with pytest.raises(PlanError, match="short"):
+        Engine.load(stores["accurate"], gpu_mem="800M", context=2048, device="emulate", threads=1)
+
+
+def test_a_recipe_that_a_model_was_not_made_with_is_refused(chat_folder: Path, stores: dict[str, Path]) -> None:
+    with pytest.raises(Dsr1Error, match="made with the recipe fast"):
+        Engine.load(stores["fast"], recipe="accurate", threads=1)
+    with pytest.raises(Dsr1Error, match="dsr1 quantize"):
+        Engine.load(chat_folder, recipe="accurate", threads=1)
+    with pytest.raises(StoreError, match="no recipe"):
+        resolve_model("nano-r1", "nonsense", [])
+
+
+def test_verify_finds_a_flipped_bit(stores: dict[str, Path], tmp_path: Path) -> None:
+    convert(Checkpoint.open(NANO_R1), tmp_path / "store", "q8")
+    file = tmp_path / "store" / "layer-001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    words = refused(dsr1("run", tmp_path / "store", "--verify", "-p", "Hi"))
+    assert "layer-001.safetensors" in words and "quantize" in words
+    assert Engine.load(stores["q8"], verify=True, threads=1).notes[-1].startswith("context")
+
+
+def test_the_plan_is_shown_where_it_was_asked_for(stores: dict[str, Path]) -> None:
+    words = ("run", stores["accurate"], "-p", "Hi", "--max-new-tokens", 1)
+    done = dsr1(*words, "--gpu-mem", "24G")
+    assert "without effect" in done.stderr and "routed experts" in done.stderr and "routed" not in done.stdout
+    assert "routed experts" not in dsr1(*words).stderr
+    shown = dsr1(*words, "--gpu-mem", "24G", "--device", "emulate").stderr
+    assert "GPU: " in shown and "of 24.0 GiB" in shown
+
+
+MAKE = (
+    "import sys; from pathlib import Path; import hybrid_rt.nano_store as it\n"
+    "it.user_cache = lambda: Path(sys.argv[1])\n"
+    "print(it.nano_store('fast'))\n"
+)
+
+
+def test_processes_that_make_nano_r1_s_store_at_once(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    running = [
+        subprocess.Popen([sys.executable, "-c", MAKE, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = {process.communicate(timeout=300)[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    assert len(told) == 1
+    [folder] = list((tmp_path / "stores").iterdir())
+    assert str(folder) == told.pop() and is_store(folder)
+    Store.open(folder).verify(lambda _: None)
+
+
+def test_without_a_cache_the_checkpoint_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("hybrid_rt.nano_store.user_cache", lambda: tmp_path / "file")
+    notes: list[str] = []
+    assert resolve_model(None, None, notes) == NANO_R1 and "FP8 checkpoint runs" in notes[0]
+    with pytest.raises(StoreError, match="cache folder"):
+        resolve_model("nano-r1", "fast", [])
