@@ -22,8 +22,8 @@ from tests.test_cli import dsr1, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Relative error of logits, which a random model of three layers makes of the formats' errors.
-LIMITS = {"q8": 0.05, "accurate": 0.35, "fast": 0.45}
+# Relative errors of logits. A random model makes them large: where two experts score alike, another one is chosen.
+LIMITS = {"q8": 0.2, "accurate": 0.35, "fast": 0.45}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_largest_prompt_stays_within_the_smallest_budget(context: int, store
 def test_a_smaller_budget_takes_4_bits_and_then_is_refused(stores: dict[str, Path]) -> None:
     roomy = Engine.load(stores["accurate"], gpu_mem="2G", context=64, device="emulate", threads=1).plan
     tight = Engine.load(stores["accurate"], gpu_mem=roomy.gpu_bytes - 1, context=64, device="emulate", threads=1)
-    assert {p.representation for p in tight.plan.placements if p.component == "shared_expert"} == {"accurate"}
+    assert tight.plan.representation(1, "shared_expert") == "accurate"
     assert counted_weights(tight) == tight.plan.weight_bytes("gpu") < roomy.weight_bytes("gpu")
     tokens = collect(tight.generate([5, 6, 7], Sampling(temperature=0, max_new_tokens=2))).token_ids
     assert len(tokens) <= 2
