@@ -118,7 +118,7 @@ def test_a_smaller_budget_takes_4_bits_and_then_is_refused(stores: dict[str, Pat
     tokens = collect(tight.generate([5, 6, 7], Sampling(temperature=0, max_new_tokens=2))).token_ids
     assert len(tokens) <= 2
     with pytest.raises(PlanError, match="short"):
-        Engine.load(stores["accurate"], gpu_mem="800M", context=2048, device="emulate", threads=1)
+        Engine.load(stores["accurate"], gpu_mem="769M", context=2048, device="emulate", threads=1)
 
 
 def test_a_recipe_that_a_model_was_not_made_with_is_refused(chat_folder: Path, stores: dict[str, Path]) -> None:

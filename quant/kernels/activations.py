@@ -28,12 +28,12 @@ from quant.kernels.vector import (
     POINTER,
     VF,
     VI,
-    _i64,
-    _load,
-    _splat,
-    _splat_bits,
-    _splat_float,
-    _tail_mask,
+    i64,
+    load_lanes,
+    splat,
+    splat_bits,
+    splat_float,
+    tail_mask,
 )
 from quant.packed import BLOCK_K
 
@@ -76,12 +76,12 @@ quantise_group: Any = _quantise_group
 
 def _emit_group(builder: Any, x: Any, count: Any, offset: Any, block: Any, group: Any) -> None:
     halves = [
-        _load(builder, builder.add(x, _i64(4 * at)), F32, _tail_mask(builder, builder.sub(count, _i64(at))))
+        load_lanes(builder, builder.add(x, i64(4 * at)), F32, tail_mask(builder, builder.sub(count, i64(at))))
         for at in (0, LANES)
     ]
     largest = _largest(builder, halves)
     scale = builder.fdiv(largest, ir.Constant(F32, LARGEST))
-    inverse = _splat(builder, _bounded(builder, builder.fdiv(ir.Constant(F32, LARGEST), largest)), VF)
+    inverse = splat(builder, _bounded(builder, builder.fdiv(ir.Constant(F32, LARGEST), largest)), VF)
     _store(builder, scale, block, SCALES, group, 4)
     sums = []
     for half, values in enumerate(halves):
@@ -95,7 +95,7 @@ def _emit_group(builder: Any, x: Any, count: Any, offset: Any, block: Any, group
 
 def _largest(builder: Any, halves: list[Any]) -> Any:
     """max|x|. Compared as integers, which order the bits of positive floats, and NaN above infinity."""
-    first, second = (builder.and_(builder.bitcast(values, VI), _splat_bits(0x7FFFFFFF)) for values in halves)
+    first, second = (builder.and_(builder.bitcast(values, VI), splat_bits(0x7FFFFFFF)) for values in halves)
     larger = builder.select(builder.icmp_signed(">", first, second), first, second)
     return builder.bitcast(_reduce(builder, "smax", larger), F32)
 
@@ -108,9 +108,9 @@ def _bounded(builder: Any, inverse: Any) -> Any:
 
 def _round(builder: Any, values: Any) -> Any:
     """Nearest integers, halves to even; 0 for NaN."""
-    bits = builder.bitcast(builder.fadd(values, _splat_float(ROUND)), VI)
+    bits = builder.bitcast(builder.fadd(values, splat_float(ROUND)), VI)
     is_number = builder.fcmp_ordered("ord", values, values)
-    return builder.select(is_number, builder.sub(bits, _splat_bits(ROUND_BITS)), _splat_bits(0))
+    return builder.select(is_number, builder.sub(bits, splat_bits(ROUND_BITS)), splat_bits(0))
 
 
 def _reduce(builder: Any, how: str, lanes: Any) -> Any:
@@ -120,7 +120,7 @@ def _reduce(builder: Any, how: str, lanes: Any) -> Any:
 
 
 def _store(builder: Any, value: Any, block: Any, offset: int, group: Any, stride: int) -> None:
-    address = builder.add(builder.add(block, _i64(offset)), builder.mul(group, _i64(stride)))
+    address = builder.add(builder.add(block, i64(offset)), builder.mul(group, i64(stride)))
     builder.store(value, builder.inttoptr(address, POINTER)).align = 1
 
 

@@ -28,12 +28,12 @@ from quant.kernels.vector import (
     TOKEN_TILE,
     VF,
     VI,
-    _i64,
-    _multiply_add,
-    _splat,
-    _splat_bits,
-    _splat_float,
+    i64,
+    multiply_add,
     processor_has,
+    splat,
+    splat_bits,
+    splat_float,
 )
 from quant.packed import ACCURATE, FAST, HEADER_BYTES, Q8, TILE_ROWS, PackedFormat
 
@@ -101,7 +101,7 @@ def _dot_function(module: Any, fmt: PackedFormat, tokens: int) -> Any:
         builder = ir.IRBuilder(function.append_basic_block("entry"))
         sums = _emit_dot(builder, fmt, tile, inputs, blocks)
         for t, total in enumerate(sums):
-            target = builder.add(result, builder.mul(stride, _i64(t)))
+            target = builder.add(result, builder.mul(stride, i64(t)))
             builder.store(total, builder.inttoptr(target, POINTER)).align = 4
         builder.ret_void()
     return function
@@ -117,11 +117,11 @@ def _emit_dot(builder: Any, fmt: PackedFormat, tile: Any, inputs: list[Any], blo
     builder.cbranch(builder.icmp_signed("<", at, blocks), body, end)
 
     builder.position_at_end(body)
-    weights = builder.add(tile, builder.mul(at, _i64(fmt.block_bytes)))
-    x_offset = builder.mul(at, _i64(ACTIVATION_BLOCK))
+    weights = builder.add(tile, builder.mul(at, i64(fmt.block_bytes)))
+    x_offset = builder.mul(at, i64(ACTIVATION_BLOCK))
     xs = [builder.add(address, x_offset) for address in inputs]
     later_sums = _emit_block(builder, _Block(fmt, weights, xs), sums)
-    starts, following = [_i64(0), *[_splat_float(0.0)] * len(sums)], [builder.add(at, _i64(1)), *later_sums]
+    starts, following = [i64(0), *[splat_float(0.0)] * len(sums)], [builder.add(at, i64(1)), *later_sums]
     for phi, first, later in zip([at, *sums], starts, following, strict=True):
         phi.add_incoming(first, entry)
         phi.add_incoming(later, builder.block)
@@ -134,15 +134,15 @@ def _emit_dot(builder: Any, fmt: PackedFormat, tile: Any, inputs: list[Any], blo
 def _emit_block(builder: Any, block: _Block, sums: list[Any]) -> list[Any]:
     """Each token's 16 sums after one more block."""
     for offset in range(0, block.fmt.block_bytes, LINE):
-        _prefetch(builder, builder.add(block.address, _i64(offset + PREFETCH)))
+        _prefetch(builder, builder.add(block.address, i64(offset + PREFETCH)))
     for group in range(BLOCK_GROUPS):
         scale = _bf16_scale(builder, block, 0 if block.fmt is ACCURATE else group)
         factors = _integer_scales(builder, block, group) if block.fmt is ACCURATE else None
         products = _products(builder, block, group)
         after = []
         for x, halves, total in zip(block.inputs, products, sums, strict=True):
-            both = builder.fmul(scale, _splat(builder, _load(builder, x, SCALES + 4 * group, F32), VF))
-            after.append(_multiply_add(builder, _group_sum(builder, halves, factors), both, total))
+            both = builder.fmul(scale, splat(builder, _load(builder, x, SCALES + 4 * group, F32), VF))
+            after.append(multiply_add(builder, _group_sum(builder, halves, factors), both, total))
         sums = after
     return sums
 
@@ -166,7 +166,7 @@ def _products(builder: Any, block: _Block, group: int) -> list[list[Any]]:
     for quad in range(QUADS):
         weights = _quad(builder, block, group, quad)
         for x, sums in zip(block.inputs, halves, strict=True):
-            four = _splat(builder, _load(builder, x, GROUP * group + 4 * quad, I32), VI)
+            four = splat(builder, _load(builder, x, GROUP * group + 4 * quad, I32), VI)
             half = 2 * quad // QUADS
             sums[half] = _dot_bytes(builder, sums[half], weights, four)
     return halves
@@ -175,14 +175,14 @@ def _products(builder: Any, block: _Block, group: int) -> list[list[Any]]:
 def _starts(builder: Any, block: _Block, x: Any, group: int) -> list[Any]:
     """Where the sums of a group's halves start, so that offsets vanish."""
     if block.fmt is ACCURATE:
-        return [_splat(builder, _load(builder, x, SUMS_16 + 4 * (2 * group + half), I32), VI) for half in (0, 1)]
-    return [_splat(builder, _load(builder, x, SUMS_32 + 4 * group, I32), VI), _splat_bits(0)]
+        return [splat(builder, _load(builder, x, SUMS_16 + 4 * (2 * group + half), I32), VI) for half in (0, 1)]
+    return [splat(builder, _load(builder, x, SUMS_32 + 4 * group, I32), VI), splat_bits(0)]
 
 
 def _bf16_scale(builder: Any, block: _Block, number: int) -> Any:
     """The 16 bfloat16 that stand `number`-th in the header, as float32."""
     bits = builder.zext(_load(builder, block.address, 2 * TILE_ROWS * number, ROW_SHORTS), VI)
-    return builder.bitcast(builder.shl(bits, _splat_bits(16)), VF)
+    return builder.bitcast(builder.shl(bits, splat_bits(16)), VF)
 
 
 def _integer_scales(builder: Any, block: _Block, group: int) -> list[Any]:
@@ -280,7 +280,7 @@ def _constant(vector: ir.VectorType, value: int) -> ir.Constant:
 
 
 def _load(builder: Any, base: Any, offset: int, kind: ir.Type) -> Any:
-    loaded = builder.load(builder.inttoptr(builder.add(base, _i64(offset)), POINTER), typ=kind)
+    loaded = builder.load(builder.inttoptr(builder.add(base, i64(offset)), POINTER), typ=kind)
     loaded.align = 1
     return loaded
 

@@ -49,30 +49,30 @@ def processor_has(feature: str) -> bool:
     return bool(binding.get_host_cpu_features().get(feature))
 
 
-def _i64(value: int) -> ir.Constant:
+def i64(value: int) -> ir.Constant:
     return ir.Constant(I64, value)
 
 
-def _splat_bits(value: int, vector: ir.VectorType = VI) -> ir.Constant:
+def splat_bits(value: int, vector: ir.VectorType = VI) -> ir.Constant:
     return ir.Constant(vector, [value] * LANES)
 
 
-def _splat_float(value: float) -> ir.Constant:
+def splat_float(value: float) -> ir.Constant:
     return ir.Constant(VF, [value] * LANES)
 
 
-def _splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+def splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), _splat_bits(0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), splat_bits(0))
 
 
-def _tail_mask(builder: Any, count: Any) -> Any:
+def tail_mask(builder: Any, count: Any) -> Any:
     """True in the first `count` lanes."""
     lanes = ir.Constant(VI, list(range(LANES)))
-    return builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, I32), VI))
+    return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, I32), VI))
 
 
-def _load(builder: Any, address: Any, element: ir.Type, mask: Any) -> Any:
+def load_lanes(builder: Any, address: Any, element: ir.Type, mask: Any) -> Any:
     """16 elements at `address`, of any alignment; zero where `mask` is false (None: all are read)."""
     vector = ir.VectorType(element, LANES)
     pointer = builder.inttoptr(address, POINTER)
@@ -88,11 +88,11 @@ def _load(builder: Any, address: Any, element: ir.Type, mask: Any) -> Any:
 
 def _load_scale(builder: Any, scale: Any, k: Any) -> Any:
     """FP8_FACTOR times the scale of column k's block, in all lanes. `scale`: address of this block row's scales."""
-    block = builder.lshr(k, _i64(FP8_BLOCK_SIDE.bit_length() - 1))
-    address = builder.add(scale, builder.shl(block, _i64(2)))
+    block = builder.lshr(k, i64(FP8_BLOCK_SIDE.bit_length() - 1))
+    address = builder.add(scale, builder.shl(block, i64(2)))
     value = builder.load(builder.inttoptr(address, POINTER), typ=F32)
     value.align = 1
-    return _splat(builder, builder.fmul(value, ir.Constant(F32, FP8_FACTOR)), VF)
+    return splat(builder, builder.fmul(value, ir.Constant(F32, FP8_FACTOR)), VF)
 
 
 def _decode(builder: Any, code: int, stored: Any, scale: Any) -> Any:
@@ -100,29 +100,29 @@ def _decode(builder: Any, code: int, stored: Any, scale: Any) -> Any:
     if code == F32_CODE:
         return stored
     if code == BF16_CODE:
-        return builder.bitcast(builder.shl(builder.zext(stored, VI), _splat_bits(16)), VF)
-    shifted = builder.shl(builder.sext(stored, VS), _splat_bits(FP8_SHIFT, VS))
-    half = builder.and_(shifted, _splat_bits(FP8_SIGN_AND_VALUE, VS))
+        return builder.bitcast(builder.shl(builder.zext(stored, VI), splat_bits(16)), VF)
+    shifted = builder.shl(builder.sext(stored, VS), splat_bits(FP8_SHIFT, VS))
+    half = builder.and_(shifted, splat_bits(FP8_SIGN_AND_VALUE, VS))
     value = builder.fpext(builder.bitcast(half, VH), VF) if processor_has("f16c") else _widen(builder, half)
-    nan = _splat_bits(FP8_NAN, VS)
+    nan = splat_bits(FP8_NAN, VS)
     is_nan = builder.icmp_unsigned("==", builder.and_(shifted, nan), nan)
-    return builder.fmul(builder.select(is_nan, _splat_float(float("nan")), value), scale)
+    return builder.fmul(builder.select(is_nan, splat_float(float("nan")), value), scale)
 
 
 def _widen(builder: Any, half: Any) -> Any:
     """Float16 bits that hold an E4M3 value as float32, without the conversion instruction and without subnormals."""
     bits = builder.zext(half, VI)
-    magnitude = builder.and_(bits, _splat_bits(FP8_NAN))
-    normal = builder.bitcast(builder.add(builder.shl(magnitude, _splat_bits(13)), _splat_bits((127 - 15) << 23)), VF)
-    mantissa = builder.sitofp(builder.lshr(magnitude, _splat_bits(FP8_SHIFT)), VF)
-    subnormal = builder.fmul(mantissa, _splat_float(FP8_SMALLEST / FP8_FACTOR))
-    is_normal = builder.icmp_unsigned(">=", magnitude, _splat_bits(8 << FP8_SHIFT))
-    sign = builder.shl(builder.and_(bits, _splat_bits(0x8000)), _splat_bits(16))
+    magnitude = builder.and_(bits, splat_bits(FP8_NAN))
+    normal = builder.bitcast(builder.add(builder.shl(magnitude, splat_bits(13)), splat_bits((127 - 15) << 23)), VF)
+    mantissa = builder.sitofp(builder.lshr(magnitude, splat_bits(FP8_SHIFT)), VF)
+    subnormal = builder.fmul(mantissa, splat_float(FP8_SMALLEST / FP8_FACTOR))
+    is_normal = builder.icmp_unsigned(">=", magnitude, splat_bits(8 << FP8_SHIFT))
+    sign = builder.shl(builder.and_(bits, splat_bits(0x8000)), splat_bits(16))
     value = builder.bitcast(builder.select(is_normal, normal, subnormal), VI)
     return builder.bitcast(builder.or_(value, sign), VF)
 
 
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     if not processor_has("fma"):
         return builder.fadd(builder.fmul(a, b), c)
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VF, [VF] * 3), f"llvm.fma.v{LANES}f32")
@@ -157,15 +157,15 @@ def _loop_over_k(builder: Any, k: Any, state: list[Any], step: Callable[[Any, li
     """Run step(k0, state, mask) for k0 = 0, 16, ... and once, masked, for what is left of `k`; the last state."""
     entry = builder.block
     loop, rest, tail, end = (builder.append_basic_block(name) for name in ("loop", "rest", "tail", "end"))
-    whole = builder.and_(k, _i64(-LANES))
-    builder.cbranch(builder.icmp_signed(">", whole, _i64(0)), loop, rest)
+    whole = builder.and_(k, i64(-LANES))
+    builder.cbranch(builder.icmp_signed(">", whole, i64(0)), loop, rest)
 
     builder.position_at_end(loop)
     at = builder.phi(I64)
     now = [builder.phi(value.type) for value in state]
     after = step(at, now, None)
-    following = builder.add(at, _i64(LANES))
-    for phi, first, later in zip([at, *now], [_i64(0), *state], [following, *after], strict=True):
+    following = builder.add(at, i64(LANES))
+    for phi, first, later in zip([at, *now], [i64(0), *state], [following, *after], strict=True):
         phi.add_incoming(first, entry)
         phi.add_incoming(later, builder.block)
     loop_end = builder.block
@@ -175,7 +175,7 @@ def _loop_over_k(builder: Any, k: Any, state: list[Any], step: Callable[[Any, li
     kept = _join(builder, [(state, entry), (after, loop_end)])
     builder.cbranch(builder.icmp_signed("<", whole, k), tail, end)
     builder.position_at_end(tail)
-    last = step(whole, kept, _tail_mask(builder, builder.sub(k, whole)))
+    last = step(whole, kept, tail_mask(builder, builder.sub(k, whole)))
     tail_end = builder.block
     builder.branch(end)
     builder.position_at_end(end)
@@ -192,7 +192,7 @@ def _join(builder: Any, ways: list[tuple[list[Any], Any]]) -> list[Any]:
 
 
 def _offset(builder: Any, address: Any, k: Any, bytes_each: int) -> Any:
-    return builder.add(address, builder.mul(k, _i64(bytes_each)))
+    return builder.add(address, builder.mul(k, i64(bytes_each)))
 
 
 def make_dot(code: int, tokens: int) -> Any:
@@ -221,15 +221,15 @@ def _emit_dot(builder: Any, code: int, tokens: int, args: Any) -> None:
 
     def step(at: Any, sums: list[Any], mask: Any) -> list[Any]:
         block_scale = _load_scale(builder, scale, at) if code == FP8_CODE else None
-        x = [_load(builder, _offset(builder, address, at, 4), F32, mask) for address in inputs]
+        x = [load_lanes(builder, _offset(builder, address, at, 4), F32, mask) for address in inputs]
         after = []
         for r, address in enumerate(rows):
-            stored = _load(builder, _offset(builder, address, at, 4 >> code), STORED[code], mask)
+            stored = load_lanes(builder, _offset(builder, address, at, 4 >> code), STORED[code], mask)
             weight = _decode(builder, code, stored, block_scale)
-            after += [_multiply_add(builder, weight, x[t], sums[r * tokens + t]) for t in range(tokens)]
+            after += [multiply_add(builder, weight, x[t], sums[r * tokens + t]) for t in range(tokens)]
         return after
 
-    sums = _loop_over_k(builder, k, [_splat_float(0.0)] * (ROW_TILE * tokens), step)
+    sums = _loop_over_k(builder, k, [splat_float(0.0)] * (ROW_TILE * tokens), step)
     by_token = [sums[r * tokens + t] for t in range(tokens) for r in range(ROW_TILE)]
     builder.store(_sum_lanes(builder, by_token), builder.inttoptr(result, POINTER)).align = 4
 
@@ -253,7 +253,7 @@ def _emit_decode(builder: Any, code: int, args: Any) -> None:
 
     def step(at: Any, _: list[Any], mask: Any) -> list[Any]:
         block_scale = _load_scale(builder, scale, at) if code == FP8_CODE else None
-        stored = _load(builder, _offset(builder, row, at, 4 >> code), STORED[code], mask)
+        stored = load_lanes(builder, _offset(builder, row, at, 4 >> code), STORED[code], mask)
         target = builder.inttoptr(_offset(builder, out, at, 4), POINTER)
         builder.store(_decode(builder, code, stored, block_scale), target).align = 4
         return []
