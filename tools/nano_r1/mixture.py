@@ -12,15 +12,15 @@ from .tokenizer import encode
 
 # Relative shares of the tokens at progress 0 and 1; in between they move linearly.
 SHARES: dict[str, tuple[float, float]] = {
-    "practice": (0.14, 0.03),
-    "count": (0.16, 0.06),
-    "add": (0.16, 0.12),
-    "subtract": (0.14, 0.13),
+    "practice": (0.14, 0.02),
+    "count": (0.16, 0.09),
+    "add": (0.16, 0.10),
+    "subtract": (0.14, 0.11),
     "multiply": (0.16, 0.20),
-    "compare": (0.10, 0.11),
-    "countdown": (0.08, 0.22),
-    "chat": (0.05, 0.06),
-    "long": (0.01, 0.07),
+    "compare": (0.10, 0.13),
+    "countdown": (0.08, 0.26),
+    "chat": (0.05, 0.05),
+    "long": (0.01, 0.06),
 }
 
 TALKED = 0.4  # of the examples stand after earlier turns at the end of the training

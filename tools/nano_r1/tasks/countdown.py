@@ -81,17 +81,22 @@ def expression(move: Move, sign: str, last_step: str) -> str:
 
 
 def search(problem: Countdown) -> tuple[list[str], str | None]:
-    """The lines of the search and the expression found, or None after all three moves."""
+    """The lines of the search and the expression found, or None after all three moves.
+
+    What is needed is put beside each value there is, one pair after the other, with n or y: in one glance over three
+    values a small model sees matches that are not there.
+    """
     lines = []
     for move in moves(problem.numbers):
         have = values(move)
         line = [f"{move.high}{sign}{move.low}={value}" for sign, value in have.items()]
         for spelled, value, last_step in needs(move, problem.target):
             line.append(spelled)
-            hit = next((sign for sign in have if have[sign] == value), None)
-            if hit:
-                lines.append(" ".join([*line, "yes"]))
-                return lines, expression(move, hit, last_step)
+            for sign, there in have.items() if value is not None else ():
+                line.append(f"{value} {there}{'y' if there == value else 'n'}")
+                if there == value:
+                    lines.append(" ".join(line))
+                    return lines, expression(move, sign, last_step)
         lines.append(" ".join(line))
     return lines, None
 
