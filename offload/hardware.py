@@ -15,8 +15,12 @@ DEVICES = ("auto", "cuda", "cpu", "emulate")
 RAM_RESERVE = 2 * 2**30  # bytes left to the system, to Python and to torch,
 RAM_RESERVE_SHARE = 0.02  # and this part of the whole
 CGROUP = Path("/sys/fs/cgroup")
-QUERY = ("nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits")
-QUERY_SECONDS = 10
+PROC = Path("/proc")
+# The files of a control group that tell its limit, of version 2 and of version 1.
+MEMORY_FILES = (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss"))  # and what memory.stat calls anonymous
+CPU_FILES = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+UNLIMITED = 2**62  # version 1 writes a number above this one where there is no limit
+NVIDIA_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -27,21 +31,80 @@ class GpuMemory:
     total: int
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What nvidia-smi tells of one GPU."""
+
+    name: str
+    driver: str
+    memory: GpuMemory
+
+
 def usable_ram() -> int:
     """Bytes that dsr1 may use by default: what is available less a reserve. Pages of mapped files are available."""
     memory = psutil.virtual_memory()
-    available = min(memory.available, _left_in_container(CGROUP))
+    left = [max(0, limit - used) for limit, used in _memory_limits(CGROUP, PROC)]
+    available = min([memory.available, *left])
     return max(0, int(available - RAM_RESERVE - RAM_RESERVE_SHARE * memory.total))
 
 
-def _left_in_container(cgroup: Path) -> float:
-    """Bytes that a memory limit of the container leaves, page cache not counted; infinite without a limit."""
+def memory_limit(cgroup: Path = CGROUP, proc: Path = PROC) -> int | None:
+    """Bytes that the container, or another control group, allows; None without a limit."""
+    return min((limit for limit, _ in _memory_limits(cgroup, proc)), default=None)
+
+
+def cpu_quota(cgroup: Path = CGROUP, proc: Path = PROC) -> float | None:
+    """Cores' worth of time that the container, or another control group, allows; None without a limit."""
+    quotas = [_cpu_quota(group) for group in _control_groups("cpu", cgroup, proc)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _control_groups(controller: str, cgroup: Path, proc: Path) -> list[Path]:
+    """Folders of the control groups that this process is in, and of those above; not all of them need exist.
+
+    Version 2 is mounted at `cgroup`, the controllers of version 1 in folders there. In a container the mount itself is
+    often the process's group, whatever /proc says.
+    """
+    folders = [cgroup, cgroup / controller]
     try:
-        limit = int((cgroup / "memory.max").read_text())
-        fields = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        return max(0, limit - int(fields["anon"]))
-    except (OSError, ValueError, KeyError):  # "max" among them
-        return float("inf")
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return folders
+    for line in lines:  # "0::/path" is of version 2, "4:cpu,cpuacct:/path" of version 1
+        controllers, _, path = line.partition(":")[2].partition(":")
+        parts = Path(path).parts[1:]
+        if ".." in parts or controllers and controller not in controllers.split(","):
+            continue
+        mount = cgroup / controller if controllers else cgroup
+        folders += [mount.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)]
+    return folders
+
+
+def _memory_limits(cgroup: Path, proc: Path) -> list[tuple[int, int]]:
+    """Limit and bytes in use, page cache not counted, of each control group that has a limit."""
+    limits = [_memory_limit(group) for group in _control_groups("memory", cgroup, proc)]
+    return [limit for limit in limits if limit is not None]
+
+
+def _memory_limit(group: Path) -> tuple[int, int] | None:
+    for name, anonymous in MEMORY_FILES:
+        try:
+            limit = int((group / name).read_text())
+            fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            return None if limit > UNLIMITED else (limit, int(fields[anonymous]))
+        except (OSError, ValueError, KeyError):  # "max" among them
+            continue
+    return None
+
+
+def _cpu_quota(group: Path) -> float | None:
+    for names in CPU_FILES:
+        try:
+            quota, period = (int(word) for name in names for word in (group / name).read_text().split())
+        except (OSError, ValueError):  # "max" among them
+            continue
+        return quota / period if quota > 0 else None
+    return None
 
 
 def choose_device(asked: str, gpu_mem: int | None, notes: list[str]) -> tuple[Device, int]:
@@ -75,8 +138,30 @@ def gpu_memory() -> GpuMemory | None:
     if first in ("", "-1"):
         return None
     try:
-        done = subprocess.run([*QUERY, "-i", first], capture_output=True, text=True, timeout=QUERY_SECONDS, check=True)
-        free, total = (int(mib) * 2**20 for mib in done.stdout.splitlines()[0].split(","))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        [row, *_] = _nvidia_smi("memory.free,memory.total", "-i", first)
+        free, total = (int(mib) * 2**20 for mib in row)
+    except ValueError:
         return None
     return GpuMemory(free, total)
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that nvidia-smi tells of, with their memory; none without it."""
+    found = []
+    for row in _nvidia_smi("memory.free,memory.total,driver_version,name"):
+        try:
+            free, total, driver, name = row
+            found.append(Gpu(name, driver, GpuMemory(int(free) * 2**20, int(total) * 2**20)))
+        except ValueError:  # "[N/A]" among them
+            continue
+    return found
+
+
+def _nvidia_smi(fields: str, *more: str) -> list[list[str]]:
+    """The values of `fields` for each GPU; sizes are MiB. Empty if nvidia-smi is missing or fails."""
+    command = ("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", *more)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[value.strip() for value in line.split(",")] for line in done.stdout.splitlines()]

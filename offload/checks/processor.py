@@ -1,0 +1,82 @@
+"""The processor: cores, and the instruction sets that the kernels use."""
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from offload.checks.check import Check, read_text
+
+# What /proc/cpuinfo calls the instruction sets among which quant/kernels/packed_dot.py chooses, the best first.
+KERNEL_PATHS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI", "avx512bw": "AVX-512", "avx2": "AVX2"}
+TILE_FLAGS = {"amx_tile", "amx_int8"}
+SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # Linux on x86-64
+
+
+def processor(root: Path) -> Check:
+    name = _first_processor(root).get("model name") or platform.processor()
+    return Check("processor", f"{name} ({platform.machine()})" if name else platform.machine())
+
+
+def cores(allowed: int, total: int, quota: float | None) -> Check:
+    """allowed: processors that this process may run on. quota: cores' worth of time that a container has."""
+    value = f"{allowed} of {total} may be used"
+    if quota is None or quota >= allowed:
+        return Check("cores", value)
+    threads = max(1, int(quota))
+    remedy = f"give --threads {threads}; with more, the system stops all threads again and again"
+    return Check("cores", f"{value}, but only for the time of {quota:.1f}", "attention", remedy)
+
+
+def allowed_cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def instruction_sets(root: Path, numba_cpu: str | None) -> Check | None:
+    """Which way the dot products of packed weights take. numba_cpu: NUMBA_CPU_NAME, which overrides the processor."""
+    flags = _flags(root)
+    if not flags:
+        return None
+    present = [name for flag, name in KERNEL_PATHS.items() if flag in flags]
+    value = ", ".join(present) or "no AVX2"
+    if numba_cpu:
+        remedy = "unset it, so that kernels use all that the processor has"
+        return Check("instruction sets", f"{value}; NUMBA_CPU_NAME is {numba_cpu}", "attention", remedy)
+    if not present:
+        remedy = "kernels run, but slowly; take a processor with AVX2, or let the virtual machine see the host's"
+        return Check("instruction sets", value, "attention", remedy)
+    return Check("instruction sets", f"{value}; kernels use {present[0]}")
+
+
+def request_tiles() -> bool:
+    """Ask Linux to let this process use AMX's tile registers, which does no harm."""
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
+
+
+def amx(root: Path, request: Callable[[], bool] = request_tiles) -> Check | None:
+    """Whether AMX is there, and the system grants it. None off x86."""
+    flags = _flags(root)
+    if not flags:
+        return None
+    if not flags >= TILE_FLAGS:
+        return Check("AMX", "no")
+    if request():
+        return Check("AMX", "yes, and granted by the system")
+    remedy = "use Linux 5.16 or later, and a container that allows the system call arch_prctl"
+    return Check("AMX", "yes, but not granted by the system", "attention", remedy)
+
+
+def _first_processor(root: Path) -> dict[str, str]:
+    """The fields of the first processor of /proc/cpuinfo; empty if that is missing."""
+    block, *_ = read_text(root / "proc/cpuinfo").split("\n\n")
+    pairs = (line.partition(":") for line in block.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _flags(root: Path) -> set[str]:
+    return set(_first_processor(root).get("flags", "").split())

@@ -1,0 +1,57 @@
+"""What this machine has, and what that means for dsr1. Nothing here imports torch or Numba."""
+
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+from offload.checks.check import Check
+from offload.checks.folders import hub_cache, hub_cache_folder, kernel_cache
+from offload.checks.gpu import gpu
+from offload.checks.memory import huge_pages, locked_memory, numa, overcommit, ram, swap
+from offload.checks.models import models
+from offload.checks.processor import allowed_cores, amx, cores, instruction_sets, processor
+from offload.checks.software import operating_system, packages, python
+from offload.hardware import cpu_quota, gpus, memory_limit, usable_ram
+from quant.user_cache import user_cache
+
+ROOT = Path("/")
+
+
+def examine(root: Path = ROOT) -> list[Check]:
+    """All checks; what this platform does not tell is left out. root: where /proc, /sys and /etc are."""
+    checks = [*_software(root), *_processor(root), *_memory(root), gpu(gpus()), *_folders()]
+    return [check for check in checks if check is not None]
+
+
+def _software(root: Path) -> list[Check]:
+    return [operating_system(root, platform.system()), python(), packages()]
+
+
+def _processor(root: Path) -> list[Check | None]:
+    quota = cpu_quota(root / "sys/fs/cgroup", root / "proc")
+    return [
+        processor(root),
+        cores(allowed_cores(), os.cpu_count() or 1, quota),
+        instruction_sets(root, os.environ.get("NUMBA_CPU_NAME")),
+        amx(root),
+        numa(root),
+    ]
+
+
+def _memory(root: Path) -> list[Check | None]:
+    memory, usable = psutil.virtual_memory(), usable_ram()
+    limit = memory_limit(root / "sys/fs/cgroup", root / "proc")
+    return [
+        ram(memory.total, memory.available, limit, usable),
+        models(usable),
+        locked_memory(),
+        huge_pages(root),
+        overcommit(root),
+        swap(root),
+    ]
+
+
+def _folders() -> list[Check]:
+    return [kernel_cache(user_cache() / "kernels"), hub_cache(hub_cache_folder())]
