@@ -1,0 +1,84 @@
+"""What a model gives each token of a window, compared with a reference where there is one.
+
+Memory holds the logits of 32 tokens at a time, never those of a window, as R1's vocabulary has 129,280 entries.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from hybrid_rt.engine import Engine
+from hybrid_rt.evaluate.windows import first_scored
+from quant.errors import Dsr1Error
+
+ROWS = 32
+
+
+class TokenScores(NamedTuple):
+    """Of n scored tokens, float64 [n] each, in nats; all but the first are empty without a reference.
+
+    nll: -log of the probability that the model gave the token. reference_nll: the same of the reference.
+    kl: KL(reference || model) of the predictions there. agrees: 1 where both find the same token likeliest, else 0.
+    """
+
+    nll: torch.Tensor
+    reference_nll: torch.Tensor
+    kl: torch.Tensor
+    agrees: torch.Tensor
+
+
+def join(parts: list[TokenScores]) -> TokenScores:
+    """The scores of all parts, in their order."""
+    return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def score_window(engine: Engine, window: torch.Tensor, reference: Engine | None) -> TokenScores:
+    """The scores of the second half of `window` (int64 [W])."""
+    targets = window[first_scored(window) :]
+    states = predicting_states(engine, window)
+    reference_states = None if reference is None else predicting_states(reference, window)
+    parts = []
+    for start in range(0, len(targets), ROWS):
+        rows = slice(start, start + ROWS)
+        log_q = log_probs(engine, states[rows])
+        if reference is None or reference_states is None:
+            parts.append(score(log_q, targets[rows]))
+        else:
+            parts.append(compare(log_q, log_probs(reference, reference_states[rows]), targets[rows]))
+    return join(parts)
+
+
+def predicting_states(engine: Engine, window: torch.Tensor) -> torch.Tensor:
+    """The final states [n, dim] that the n scored tokens are predicted from: each that of the token before it."""
+    read = window[:-1]
+    cache = engine.new_cache(len(read))
+    states = torch.cat([engine.forward(chunk, cache) for chunk in read.split(engine.prefill_chunk)])
+    return states[first_scored(window) - 1 :]
+
+
+def log_probs(engine: Engine, states: torch.Tensor) -> torch.Tensor:
+    """Log probabilities of all next tokens, float64 [n, vocab]. Raises Dsr1Error where the model gives no numbers."""
+    logits = engine.head(states).double()
+    if not logits.isfinite().all():
+        raise Dsr1Error(
+            f"{engine.folder} gives logits that are infinite or no numbers, so nothing can be measured; "
+            "its weights are damaged: make or download it again"
+        )
+    return logits.log_softmax(-1)
+
+
+def score(log_q: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    """The scores of `targets` (int64 [n]) under the model's log probabilities [n, vocab], with no reference."""
+    none = log_q.new_empty(0)
+    return TokenScores(_nll(log_q, targets), none, none, none)
+
+
+def compare(log_q: torch.Tensor, log_p: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    """As `score`, against the reference's log probabilities `log_p` [n, vocab]."""
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding may leave -1e-17
+    agrees = (log_p.argmax(-1) == log_q.argmax(-1)).double()
+    return TokenScores(_nll(log_q, targets), _nll(log_p, targets), kl, agrees)
+
+
+def _nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -log_probs.gather(-1, targets[:, None])[:, 0]
