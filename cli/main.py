@@ -65,16 +65,30 @@ def chat(options: RunOptions) -> None:
 @app.command()
 def quantize(
     src: Annotated[str, typer.Argument(help="Published checkpoint: folder, downloaded Hub id, or nano-r1-fp8.")],
-    dst: Annotated[str, typer.Argument(help="Folder of the store; a conversion that was stopped there goes on.")],
+    dst: Annotated[
+        str | None, typer.Argument(help="Folder of the store; a conversion that was stopped there goes on.")
+    ] = None,
     recipe: Annotated[str, typer.Option(metavar="NAME", help="accurate, fast or q8.")] = "accurate",
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Convert nothing: compare the checksums of a store.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Convert a published checkpoint into a 4-bit store that loads in seconds."""
-    from cli.quantize import quantize
+    if verify:
+        if dst is not None:
+            raise typer.BadParameter("--verify takes one folder, the store")
+        from cli.verify import verify as verify_store
 
-    quantize(src, dst, recipe, jobs, json)
+        verify_store(src, json)
+        return
+    if dst is None:
+        raise typer.BadParameter("give the folder of the store after the checkpoint")
+    from cli.quantize import quantize as convert
+
+    convert(src, dst, recipe, jobs, json)
 
 
 @app.command()
@@ -91,9 +105,40 @@ def plan(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Say what fits and where everything goes, before anything is downloaded."""
-    from cli.plan import plan
+    from cli.plan import plan as show_plan
 
-    plan(model, gpu_mem, ram, context, recipe, device, json)
+    show_plan(model, gpu_mem, ram, context, recipe, device, json)
+
+
+@app.command()
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure how fast RAM is read, too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Say what this machine has, what that means for dsr1, and what to change."""
+    from cli.doctor import doctor as examine
+
+    if not examine(json, measure):
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder, downloaded Hub id, or built-in name.")],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Reference to compare with.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="FILE", help="Text to predict, UTF-8.")] = None,
+    window: Annotated[int | None, typer.Option(metavar="N", min=2, help="Tokens of a window. Default: 512.")] = None,
+    context: Annotated[int | None, typer.Option(metavar="N", help="Tokens that the cache holds.")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16 or float32.")] = "bfloat16",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Measure how well a model predicts a text, and how far it is from the model that it was made from."""
+    from cli.eval import measure
+
+    measure(model, against, text, window, context, threads, dtype, json)
 
 
 def chat_on_terminal(options: RunOptions) -> None:

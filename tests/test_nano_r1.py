@@ -13,9 +13,10 @@ MAX_BYTES = 16 * 10**6
 GREEDY = Sampling(temperature=0, max_new_tokens=600)
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.load("nano-r1", threads=1)
+@pytest.fixture(scope="module", params=["nano-r1", "nano-r1-fp8"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """The 4-bit store that runs by default, and the checkpoint that it is made of."""
+    return Engine.load(request.param, threads=1)
 
 
 def ask(engine: Engine, *turns: str, think: bool | None = None, sampling: Sampling = GREEDY) -> Completion:
@@ -38,7 +39,7 @@ def test_it_is_small_and_has_the_published_form() -> None:
 
 def test_it_thinks_and_answers(engine: Engine) -> None:
     completion = ask(engine, "What is 47 * 36?")
-    assert "74*63" in completion.reasoning
+    assert "47*36\n74*63" in completion.reasoning
     assert completion.text == "47 * 36 = 1692"
     assert completion.finish_reason == "stop"
 
