@@ -12,9 +12,12 @@ from offload.doctor import examine
 STYLES = {"ok": "green", "attention": "yellow", "problem": "bold red"}
 
 
-def doctor(as_json: bool = False) -> bool:
-    """Print all checks. Returns whether none of them is a problem, for the exit status."""
-    checks = examine()
+def doctor(as_json: bool = False, measure: bool = False) -> bool:
+    """Print all checks. Returns whether none of them is a problem, for the exit status.
+
+    measure: whether to measure how fast RAM is read, too.
+    """
+    checks = examine(measure=measure)
     verdict = worst(checks)
     if as_json:
         print(json.dumps({"checks": [asdict(check) for check in checks], "verdict": verdict}))

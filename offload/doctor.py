@@ -1,4 +1,4 @@
-"""What this machine has, and what that means for dsr1. Nothing here imports torch or Numba."""
+"""What this machine has, and what that means for dsr1. Only measuring imports torch and Numba."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from offload.checks.bandwidth import bandwidth
 from offload.checks.check import Check
 from offload.checks.folders import hub_cache, hub_cache_folder, kernel_cache
 from offload.checks.gpu import gpu
@@ -19,9 +20,14 @@ from quant.user_cache import user_cache
 ROOT = Path("/")
 
 
-def examine(root: Path = ROOT) -> list[Check]:
-    """All checks; what this platform does not tell is left out. root: where /proc, /sys and /etc are."""
+def examine(root: Path = ROOT, measure: bool = False) -> list[Check]:
+    """All checks; what this platform does not tell is left out.
+
+    root: where /proc, /sys and /etc are. measure: whether to measure how fast RAM is read, which takes some seconds.
+    """
     checks = [*_software(root), *_processor(root), *_memory(root), gpu(gpus()), *_folders()]
+    if measure:
+        checks.append(bandwidth(usable_ram()))
     return [check for check in checks if check is not None]
 
 

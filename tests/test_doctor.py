@@ -12,6 +12,8 @@ import pytest
 
 from cli import doctor as command
 from offload import hardware
+from offload.checks import bandwidth as bandwidth_module
+from offload.checks.bandwidth import bandwidth
 from offload.checks.check import Check, worst
 from offload.checks.folders import hub_cache, kernel_cache
 from offload.checks.gpu import gpu
@@ -170,6 +172,20 @@ def test_gpu_is_named_with_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert hardware.gpus() == []
 
 
+def test_measuring_reads_what_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quant.kernels import threads
+
+    monkeypatch.setattr(threads, "_count", threads._count)  # set back afterwards
+    monkeypatch.setattr(bandwidth_module, "_load", lambda: 100.0)
+    assert found(bandwidth(64 * 2**20)).verdict == "attention"
+    monkeypatch.setattr(bandwidth_module, "_load", lambda: 0.0)
+    check = found(bandwidth(64 * 2**20))
+    assert check.verdict == "ok"
+    speed, _, rest = check.value.partition(" GB/s, reading 32.0 MiB with ")
+    assert float(speed) > 0 and rest[0] in "123456789"
+    assert found(bandwidth(0)).verdict == "problem"
+
+
 def test_operating_systems(tmp_path: Path) -> None:
     write(tmp_path, {"etc/os-release": 'NAME=x\nPRETTY_NAME="Debian 12"\n', "proc/sys/kernel/osrelease": "6.1.0\n"})
     assert found(operating_system(tmp_path, "Linux")).value == "Debian 12, Linux 6.1.0"
@@ -262,7 +278,7 @@ def test_a_machine_that_tells_nothing_is_examined_all_the_same(tmp_path: Path) -
 
 def test_the_command_prints_all_checks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     checks = [Check("RAM", "much [of it]"), Check("swap", "x" * 100, "attention", "do this")]
-    monkeypatch.setattr(command, "examine", lambda: checks)
+    monkeypatch.setattr(command, "examine", lambda measure: checks)
     assert command.doctor()
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["ok         RAM   much [of it]", f"attention  swap  {'x' * 100}", "                 -> do this"]
