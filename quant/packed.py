@@ -17,8 +17,8 @@ TENSOR_ALIGNMENT = 64
 # "bf16": one bfloat16 a group. "i6xbf16": a 6-bit integer a group, times one bfloat16 for each row of a block.
 ScaleKind = Literal["bf16", "i6xbf16"]
 
-# Fitted to groups of 16 Gaussian values whose scale may have either sign (tools/formats/fit_levels.py).
-GAUSS_16 = (-127, -102, -82, -63, -48, -34, -21, -9, 3, 15, 28, 42, 58, 75, 95, 123)
+# Fitted to groups of 16 Gaussian values whose scale may have either sign; tools/formats/fit_levels.py fits them anew.
+GAUSS_16 = (-127, -107, -87, -69, -53, -38, -23, -10, 3, 16, 29, 42, 56, 71, 89, 113)
 
 
 @dataclass(frozen=True)

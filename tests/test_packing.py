@@ -120,7 +120,7 @@ def test_values_are_levels_times_scales() -> None:
     accurate[48], accurate[96] = 0xA6, 0xF0  # but that of row 0's group 5: 0b01_1111 - 32 = -1
     accurate[128 + 64 * 10] = 0xF8  # row 0, columns 80 and 84: codes 8 and 15
     values = decode(accurate, ACCURATE, (16, 128))
-    assert values[0, 80] == 3 * -2 and values[0, 84] == 123 * -2 and (values[0, 81:84] == -127 * -2).all()
+    assert values[0, 80] == 3 * -2 and values[0, 84] == 113 * -2 and (values[0, 81:84] == -127 * -2).all()
     assert not values[0, :80].any() and not values[0, 96:].any() and not values[1:].any()
 
 
