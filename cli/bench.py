@@ -1,0 +1,261 @@
+"""`dsr1 bench`: a model end to end, or the experts of a shape beside what this machine can do."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cli.options import RunOptions
+from cli.output import say
+from cli.run import load_engine
+from hybrid_rt.engine import Engine, use_threads
+from hybrid_rt.models import DEFAULT_MODEL, NANO_R1
+from hybrid_rt.moe import MoE
+from offload.benchmark.layer import ENOUGH_BYTES, BenchLayers, choose_extent
+from offload.benchmark.limits import expert_ranges, fastest_read
+from offload.benchmark.measure import Run, Runs, seconds_of
+from offload.benchmark.plot import check_plot, draw_roofline
+from offload.benchmark.report import Point, Report, Wanted, measure_shape, plural
+from offload.experts import CpuExperts
+from offload.hardware import usable_ram
+from offload.sizes import format_size
+from quant.config import ModelConfig, load_config
+from quant.errors import Dsr1Error
+from quant.kernels import thread_count
+from quant.kernels.bandwidth import instruction_set
+from quant.packed import PACKED_FORMATS, PackedFormat
+from quant.shapes import known_shape
+
+NANO = "nano"
+SHAPES = {
+    "r1": "deepseek-ai/DeepSeek-R1",
+    "v3": "deepseek-ai/DeepSeek-V3",
+    "moonlight": "moonshotai/Moonlight-16B-A3B",
+    "v2": "deepseek-ai/DeepSeek-V2",
+    "k2": "moonshotai/Kimi-K2-Instruct",
+}
+DEFAULT_FORMAT, DEFAULT_DECODE, DEFAULT_PREFILL = "accurate", "1,2,4,8,16", "128,512,2048"
+PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 512, 64, 64
+PREFILL_RUNS = 3
+SMALL_BYTES = 2**30  # weights below may be served from a cache
+
+
+def bench(
+    model: str | None = None,
+    shape: str | None = None,
+    fmt: str | None = None,
+    decode: str | None = None,
+    prefill: str | None = None,
+    threads: int | None = None,
+    as_json: bool = False,
+    plot: Path | None = None,
+) -> None:
+    """Measure `model` (None: the built-in one), or layers of `shape`; print a table or one JSON object.
+
+    fmt, decode and prefill (numbers of tokens, as in "1,2,4"; "" for none) and plot are for a shape. Raises Dsr1Error.
+    """
+    if shape is None:
+        if any(option is not None for option in (fmt, decode, prefill, plot)):
+            raise Dsr1Error(
+                "--format, --decode, --prefill and --plot are for layers of a shape; give --shape, as in r1"
+            )
+        bench_engine(model, threads, as_json)
+        return
+    if model is not None:
+        raise Dsr1Error(f"either a model or a shape can be measured at a time; leave out {model} or --shape {shape}")
+    packed = find_format(DEFAULT_FORMAT if fmt is None else fmt)
+    wanted = Wanted(
+        parse_tokens("--decode", DEFAULT_DECODE if decode is None else decode),
+        parse_tokens("--prefill", DEFAULT_PREFILL if prefill is None else prefill),
+    )
+    config = find_shape(shape)
+    if plot is not None:
+        check_plot(plot)
+    use_threads(threads)
+    report = bench_shape(shape, config, packed, wanted)
+    print(json.dumps(report.to_json())) if as_json else show_report(report, Console(highlight=False, markup=False))
+    if plot is not None:
+        draw_roofline(report, plot)
+
+
+def find_shape(name: str) -> ModelConfig:
+    """The config of a shape. Raises Dsr1Error for an unknown name."""
+    if name == NANO:
+        return load_config(NANO_R1)
+    shape = known_shape(SHAPES[name]) if name in SHAPES else None
+    if shape is None:
+        raise Dsr1Error(f"there is no shape {name!r}; give one of {', '.join([*SHAPES, NANO])}")
+    return shape.config
+
+
+def find_format(name: str) -> PackedFormat:
+    """A packed format by its name. Raises Dsr1Error."""
+    if name not in PACKED_FORMATS:
+        raise Dsr1Error(f"there is no format {name!r}; give one of {', '.join(PACKED_FORMATS)}")
+    return PACKED_FORMATS[name]
+
+
+def parse_tokens(option: str, text: str) -> tuple[int, ...]:
+    """Numbers of tokens from "1,2,4"; none from "". Raises Dsr1Error for anything else."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise Dsr1Error(f"{option} is {text!r}; give numbers of tokens from 1 on, as in 1,4,16")
+    return tuple(int(word) for word in words)
+
+
+def bench_shape(name: str, config: ModelConfig, fmt: PackedFormat, wanted: Wanted) -> Report:
+    """Random layers of `config`, measured; what a user should know about them goes to standard error."""
+    extent = choose_extent(config, fmt, wanted.max_tokens, usable_ram())
+    if extent.experts < config.n_routed_experts:
+        say(f"only {extent.experts} of {config.n_routed_experts} experts fit the free memory, so the layer has fewer")
+    layers = BenchLayers(config, fmt, extent, wanted.max_tokens, say)
+    if layers.weight_bytes < SMALL_BYTES:
+        say(f"{format_size(layers.weight_bytes)} of weights may stay in a cache: reading them is faster than RAM is")
+    return measure_shape(name, layers, wanted, say)
+
+
+def show_report(report: Report, console: Console) -> None:
+    """The report as a table, and the limits that its shares are of."""
+    title = f"{report.shape}, {report.format}: {report.layers} x {report.experts} experts"
+    console.print(
+        f"{title}, {format_size(report.weight_bytes)}; {plural(report.threads, 'thread')}, {instruction_set()}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"limits: {report.limits.read.bytes_s / 1e9:.1f} GB/s read, {report.limits.peak / 1e9:,.0f} Gop/s of bytes",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("tokens", "threads", "ms", "quartiles", "GB/s", "read GB/s", "of read", "Gop/s", "of peak"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind, points in (("decode", report.decode), ("prefill", report.prefill), ("scaling", report.scaling)):
+        for point in points:
+            table.add_row(kind, *_cells(point))
+    console.print(table)
+
+
+def _cells(point: Point) -> Sequence[str]:
+    low, high = (1e3 * seconds for seconds in point.layer.seconds_quartiles)
+    return (
+        str(point.tokens),
+        str(point.threads),
+        f"{1e3 * point.layer.seconds:.2f}",
+        f"{low:.2f}-{high:.2f}",
+        f"{point.layer.bytes_s / 1e9:.1f}",
+        f"{point.read.bytes_s / 1e9:.1f}",
+        f"{point.read_share:.0%}",
+        f"{point.operations_s / 1e9:,.0f}",
+        f"{point.peak_share:.0%}",
+    )
+
+
+@dataclass(frozen=True)
+class EngineFigures:
+    """A model end to end. decode_ms: of a token, the median; share: decode_gb_s of read_gb_s.
+
+    decode_ram_bytes: weights in RAM that a token reads, as the plan counts them. read_gb_s: plain reading of
+    `read_bytes` of the experts' memory.
+    """
+
+    model: str
+    device: str
+    isa: str
+    threads: int
+    prefill_tokens: int
+    prefill_tok_s: float
+    prompt_tokens: int
+    decode_tokens: int
+    decode_tok_s: float
+    decode_ms: float
+    decode_ms_quartiles: tuple[float, float]
+    decode_ram_bytes: int
+    decode_gb_s: float
+    read_bytes: int
+    read_gb_s: float
+    share: float
+
+
+def bench_engine(model: str | None, threads: int | None, as_json: bool) -> None:
+    """Load a model, measure it and print the figures."""
+    name = model or DEFAULT_MODEL
+    engine = load_engine(RunOptions(model=name, threads=threads))
+    figures = measure_engine(name, engine)
+    print(json.dumps(asdict(figures))) if as_json else show_engine(figures)
+
+
+def measure_engine(name: str, engine: Engine) -> EngineFigures:
+    """A prompt of random tokens, answered greedily, and a longer one for prefill; nothing ends the answer early."""
+    longest = min(PREFILL_TOKENS, engine.context)
+    ids = torch.randint(engine.config.vocab_size, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
+    prefill = measure_prefill(engine, ids)
+    prompt = ids[: min(PROMPT_TOKENS, engine.context // 2)]
+    decode = measure_decode(engine, prompt, min(NEW_TOKENS, engine.context - len(prompt)))
+    say("measuring the memory's read bandwidth")
+    blocks = [block.ffn for block in engine.transformer.layers]
+    experts = [ffn.experts for ffn in blocks if isinstance(ffn, MoE) and isinstance(ffn.experts, CpuExperts)]
+    _, read = fastest_read(expert_ranges(experts, ENOUGH_BYTES))
+    seconds = sum(run.seconds for run in decode.runs) / len(decode.runs)
+    low, high = decode.seconds_quartiles
+    return EngineFigures(
+        model=name,
+        device=engine.plan.device,
+        isa=instruction_set(),
+        threads=thread_count(),
+        prefill_tokens=longest,
+        prefill_tok_s=longest / prefill.seconds,
+        prompt_tokens=len(prompt),
+        decode_tokens=len(decode.runs),
+        decode_tok_s=1 / seconds,
+        decode_ms=1e3 * decode.seconds,
+        decode_ms_quartiles=(1e3 * low, 1e3 * high),
+        decode_ram_bytes=engine.plan.decode_ram_bytes,
+        decode_gb_s=engine.plan.decode_ram_bytes / seconds / 1e9,
+        read_bytes=read.nbytes,
+        read_gb_s=read.bytes_s / 1e9,
+        share=engine.plan.decode_ram_bytes / seconds / read.bytes_s,
+    )
+
+
+def measure_prefill(engine: Engine, ids: list[int]) -> Runs:
+    """The whole of `ids`, several times from the beginning. One run before does not count."""
+    say(f"measuring prefill of {len(ids)} tokens")
+    session, runs = engine.session(), []
+    for _ in range(1 + PREFILL_RUNS):
+        session.trim(0)
+        runs.append(Run(seconds_of(lambda: session.append(ids)), 0))
+    return Runs(tuple(runs[1:]))
+
+
+def measure_decode(engine: Engine, prompt: list[int], tokens: int) -> Runs:
+    """Greedy steps after `prompt`: one run is choosing a token and running it."""
+    say(f"measuring {tokens} tokens after a prompt of {len(prompt)}")
+    session, runs = engine.session(), []
+    logits = session.append(prompt)
+
+    def step() -> None:
+        nonlocal logits
+        logits = session.append([int(logits.argmax())])
+
+    for _ in range(tokens):
+        runs.append(Run(seconds_of(step), engine.plan.decode_ram_bytes))
+    return Runs(tuple(runs))
+
+
+def show_engine(figures: EngineFigures) -> None:
+    """The figures in a few lines."""
+    low, high = figures.decode_ms_quartiles
+    print(f"{figures.model}: {plural(figures.threads, 'thread')}, {figures.isa}")
+    print(f"prefill  {figures.prefill_tok_s:,.1f} tokens/s ({figures.prefill_tokens} tokens)")
+    print(
+        f"decode   {figures.decode_tok_s:,.1f} tokens/s ({figures.decode_tokens} tokens after {figures.prompt_tokens}; "
+        f"{figures.decode_ms:.2f} ms, quartiles {low:.2f}-{high:.2f})"
+    )
+    print(
+        f"memory   {figures.decode_gb_s:.2f} GB/s of weights in decode, {figures.share:.0%} of the "
+        f"{figures.read_gb_s:.1f} GB/s of plain reading ({format_size(figures.read_bytes)} of experts)"
+    )

@@ -1,0 +1,53 @@
+"""Random experts that multiply like real ones: any codes, and scales that keep activations near 1."""
+
+import mmap
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quant.packed import HEADER_BYTES, TILE_ROWS, ExpertRecord, PackedFormat
+from quant.packing import bf16_of_float, levels_of
+
+
+def allocate(nbytes: int) -> Tensor:
+    """uint8 [nbytes] of fresh memory, zeros, at the start of a page; in huge pages where the system has them."""
+    pages = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def random_records(record: ExpertRecord, count: int, seed: int) -> Tensor:
+    """uint8 [count, record.nbytes]: one random expert, each time with its blocks moved on by some.
+
+    Drawing every expert anew would take long.
+    """
+    rng = np.random.default_rng(seed)
+    blocks = torch.from_numpy(random_blocks(record, rng))
+    records = allocate(count * record.nbytes).view(count, record.nbytes)
+    for number in range(count):
+        first = int(rng.integers(len(blocks)))
+        used = records[number, : blocks.numel()].view(blocks.shape)
+        used[: len(blocks) - first] = blocks[first:]
+        used[len(blocks) - first :] = blocks[:first]
+    return records
+
+
+def random_blocks(record: ExpertRecord, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The blocks of w1, w3 and w2 of an expert: uint8 [blocks, block_bytes]."""
+    fmt, shape = record.format, (record.inter_dim, record.dim)
+    count = (2 * fmt.nbytes(shape) + fmt.nbytes(shape[::-1])) // fmt.block_bytes
+    blocks = np.frombuffer(rng.bytes(count * fmt.block_bytes), np.uint8).reshape(count, fmt.block_bytes).copy()
+    scales = TILE_ROWS if fmt.scale == "i6xbf16" else HEADER_BYTES // 2
+    values = rng.uniform(0.5, 1.5, (count, scales)) / (np.sqrt(record.dim) * typical_level(fmt))
+    blocks[:, : 2 * scales] = bf16_of_float(values.astype(np.float32)).view(np.uint8)
+    return blocks
+
+
+def typical_level(fmt: PackedFormat) -> float:
+    """Root mean square of what the bfloat16 scales are multiplied with, over all codes and 6-bit scales."""
+    levels = levels_of(np.arange(2**fmt.bits, dtype=np.uint8), fmt).astype(np.float64)
+    integers = np.arange(-32, 32) if fmt.scale == "i6xbf16" else np.ones(1)
+    return float(np.sqrt(np.mean(levels**2) * np.mean(integers**2)))
