@@ -77,7 +77,10 @@ def bench(
         check_plot(plot)
     use_threads(threads)
     report = bench_shape(shape, config, packed, wanted)
-    print(json.dumps(report.to_json())) if as_json else show_report(report, Console(highlight=False, markup=False))
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        show_report(report, Console(highlight=False, markup=False))
     if plot is not None:
         draw_roofline(report, plot)
 
@@ -185,7 +188,10 @@ def bench_engine(model: str | None, threads: int | None, as_json: bool) -> None:
     name = model or DEFAULT_MODEL
     engine = load_engine(RunOptions(model=name, threads=threads))
     figures = measure_engine(name, engine)
-    print(json.dumps(asdict(figures))) if as_json else show_engine(figures)
+    if as_json:
+        print(json.dumps(asdict(figures)))
+    else:
+        show_engine(figures)
 
 
 def measure_engine(name: str, engine: Engine) -> EngineFigures:

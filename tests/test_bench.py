@@ -303,6 +303,8 @@ def test_plots_need_matplotlib_and_a_folder(monkeypatch: pytest.MonkeyPatch, tmp
         plotting.check_plot(tmp_path / "roof.png")
     monkeypatch.setattr(plotting, "find_spec", lambda _: object())
     plotting.check_plot(tmp_path / "roof.png")
+    with pytest.raises(Dsr1Error, match="ends in .png or .svg"):
+        plotting.check_plot(tmp_path)
     with pytest.raises(Dsr1Error, match="folder does not exist"):
         plotting.check_plot(tmp_path / "none" / "roof.png")
 
@@ -318,7 +320,7 @@ def test_the_roofline_holds_every_point(
     plotting.draw_roofline(shown, tmp_path / "roof.png")
     limit, *series = figure.subplots().plot.call_args_list
     ends, heights = limit.args[:2]
-    assert heights[1] == heights[2] == pytest.approx(report.limits.peak / 1e9)
+    assert heights[1:] == [pytest.approx(report.limits.peak / 1e9)] * 2
     assert heights[0] == pytest.approx(ends[0] * report.limits.read.bytes_s / 1e9)
     points = [point for call in series for point in zip(*call.args[:2], strict=True)]
     expected = [plotting.place(point) for point in (*shown.decode, *shown.prefill)]

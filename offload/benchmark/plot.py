@@ -8,11 +8,15 @@ from typing import Any
 from offload.benchmark.report import Point, Report
 from quant.errors import Dsr1Error
 
+SUFFIXES = (".png", ".svg", ".pdf")
+
 
 def check_plot(path: Path) -> None:
-    """Raise Dsr1Error if there is no matplotlib or no folder for `path`: told before anything is measured."""
+    """Raise Dsr1Error if a plot cannot be made or not be written to `path`: told before anything is measured."""
     if find_spec("matplotlib") is None:
         raise Dsr1Error("--plot needs matplotlib, which is not installed; run `pip install 'dsr1[plot]'`")
+    if path.suffix.lower() not in SUFFIXES:
+        raise Dsr1Error(f"{path} does not tell the plot's format; give a name that ends in {' or '.join(SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise Dsr1Error(f"the plot cannot be written to {path}, as its folder does not exist; make the folder first")
 
