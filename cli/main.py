@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -121,6 +122,29 @@ def doctor(
 
     if not examine(json, measure):
         raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="Model to measure end to end. Default: the built-in one.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Measure random layers: r1, v3, v2, k2, moonlight, nano."),
+    ] = None,
+    fmt: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help="accurate (default), fast or q8; for a shape.")
+    ] = None,
+    decode: Annotated[str | None, typer.Option(metavar="LIST", help="Tokens a call. Default: 1,2,4,8,16.")] = None,
+    prefill: Annotated[str | None, typer.Option(metavar="LIST", help="Tokens a call. Default: 128,512,2048.")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a roofline; needs matplotlib.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Measure a model, or layers of a known shape, beside the limits of this machine."""
+    from cli.bench import bench as run_bench
+
+    run_bench(model, shape, fmt, decode, prefill, threads, json, plot)
 
 
 @app.command("eval")

@@ -41,11 +41,15 @@ class Gpu:
 
 
 def usable_ram() -> int:
-    """Bytes that dsr1 may use by default: what is available less a reserve. Pages of mapped files are available."""
+    """Bytes that dsr1 may use by default: what is available less a reserve, at most half of it.
+
+    Pages of mapped files are available.
+    """
     memory = psutil.virtual_memory()
     left = [max(0, limit - used) for limit, used in _memory_limits(CGROUP, PROC)]
     available = min([memory.available, *left])
-    return max(0, int(available - RAM_RESERVE - RAM_RESERVE_SHARE * memory.total))
+    reserve = RAM_RESERVE + RAM_RESERVE_SHARE * memory.total
+    return int(available - min(reserve, available / 2))  # a small model runs on a small machine, too
 
 
 def memory_limit(cgroup: Path = CGROUP, proc: Path = PROC) -> int | None:

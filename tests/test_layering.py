@@ -32,7 +32,7 @@ def test_imports_run_one_way(layer: str) -> None:
         assert not imported_packages(path) & above, path
 
 
-COMMANDS = ("run", "chat", "quantize", "plan", "doctor", "eval")
+COMMANDS = ("run", "chat", "quantize", "plan", "doctor", "bench", "eval")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
