@@ -80,7 +80,7 @@ def show(found: Evaluation, console: Console) -> None:
 
 def rows(found: Evaluation) -> list[tuple[str, str, str]]:
     """Name, value and interval of each figure."""
-    first = [row("perplexity", found.perplexity), row("negative log likelihood, nats", found.nll)]
+    first = [row("perplexity", found.perplexity), row("negative log likelihood (nll), nats", found.nll)]
     return first if found.comparison is None else first + comparison_rows(found.comparison)
 
 
@@ -88,16 +88,16 @@ def comparison_rows(found: Comparison) -> list[tuple[str, str, str]]:
     """As `rows`, of what was measured against a reference."""
     return [
         row("perplexity of the reference", found.reference_perplexity),
-        row("difference of log likelihoods, nats", found.nll_difference),
+        row("nll less that of the reference", found.nll_difference),
         row("KL divergence, nats: mean", found.kl),
-        ("  median", f"{found.kl_median:.5f}", ""),
-        ("  90 % of tokens below", f"{found.kl_90:.5f}", ""),
-        ("  99 % of tokens below", f"{found.kl_99:.5f}", ""),
-        ("  most", f"{found.kl_max:.5f}", ""),
-        row("same likeliest token, %", found.agreement, scale=100, digits=2),
+        ("  median", f"{found.kl_median:.5g}", ""),
+        ("  90 % of tokens below", f"{found.kl_90:.5g}", ""),
+        ("  99 % of tokens below", f"{found.kl_99:.5g}", ""),
+        ("  most", f"{found.kl_max:.5g}", ""),
+        row("same likeliest token, %", found.agreement, scale=100),
     ]
 
 
-def row(name: str, figure: Estimate, scale: float = 1, digits: int = 5) -> tuple[str, str, str]:
-    value, low, high = (f"{scale * number:.{digits}f}" for number in (figure.value, figure.low, figure.high))
+def row(name: str, figure: Estimate, scale: float = 1) -> tuple[str, str, str]:
+    value, low, high = (f"{scale * number:.5g}" for number in (figure.value, figure.low, figure.high))
     return name, value, f"{low} to {high}"

@@ -216,9 +216,15 @@ def test_json_has_all_figures(chat_folder: Path, tmp_path: Path, capsys: pytest.
 
 def test_the_table(chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text(PROSE)
-    measure(str(chat_folder), None, str(tmp_path / "text"), WINDOW, context=64, threads=1, dtype="float32")
+    words = (str(chat_folder), str(chat_folder), str(tmp_path / "text"), WINDOW)
+    measure(*words, context=64, threads=1, dtype="float32")
     out = capsys.readouterr().out
-    assert re.search(r"perplexity +\d+\.\d+ +\d+\.\d+ to \d+\.\d+", out) and "KL" not in out
+    lines = {line.split("  ")[0]: line.split()[-4:] for line in out.splitlines()}
+    value, low, to, high = lines["perplexity"]
+    assert float(low) < float(value) < float(high) and to == "to"
+    assert lines["perplexity of the reference"] == lines["perplexity"]
+    assert lines["same likeliest token, %"] == ["100", "92.135", "to", "100"]  # 45 / (45 + 1.96²)
+    assert lines["KL divergence, nats: mean"] == ["0", "0", "to", "0"]
     assert "45 tokens scored: the second halves of 3 windows of up to 30 tokens" in out
 
 

@@ -80,5 +80,5 @@ def compare(log_q: torch.Tensor, log_p: torch.Tensor, targets: torch.Tensor) -> 
     return TokenScores(_nll(log_q, targets), _nll(log_p, targets), kl, agrees)
 
 
-def _nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return -log_probs.gather(-1, targets[:, None])[:, 0]
+def _nll(log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -log_p.gather(-1, targets[:, None])[:, 0]
