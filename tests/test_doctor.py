@@ -91,10 +91,10 @@ def test_processors_that_kernels_do_not_use_fully(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs /proc/cpuinfo of x86")
 def test_the_kernels_path_is_the_one_that_they_take() -> None:
-    from quant.kernels.packed_dot import _x86_has
+    from quant.kernels.packed_dot import x86_has
 
     features = {"AVX-512 VNNI": "avx512vnni", "AVX-VNNI": "avxvnni", "AVX-512": "avx512bw", "AVX2": "avx2"}
-    taken = next((name for name, feature in features.items() if _x86_has(feature)), None)
+    taken = next((name for name, feature in features.items() if x86_has(feature)), None)
     if taken is not None:
         assert found(instruction_sets(Path("/"), None)).value.endswith(f"kernels use {taken}")
 
@@ -266,7 +266,7 @@ def test_limits_of_version_1(tmp_path: Path) -> None:
 def test_a_limit_of_version_1_bounds_what_dsr1_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     write(tmp_path, {"memory/memory.limit_in_bytes": str(2 * GIB), "memory/memory.stat": MEMORY_STAT})
-    assert hardware.usable_ram() == 0  # less than the reserve
+    assert 0 < hardware.usable_ram() <= GIB  # of less than the reserve, half
 
 
 def test_a_machine_that_tells_nothing_is_examined_all_the_same(tmp_path: Path) -> None:

@@ -333,7 +333,10 @@ def test_ram_keeps_a_reserve_and_a_containers_limit(monkeypatch: pytest.MonkeyPa
     assert 0 <= whole < hardware.psutil.virtual_memory().total - hardware.RAM_RESERVE
     (tmp_path / "memory.max").write_text(str(4 * GIB))
     reserve = 2 * GIB + 0.02 * hardware.psutil.virtual_memory().total
-    assert hardware.usable_ram() == max(0, int(min(3 * GIB, hardware.psutil.virtual_memory().available) - reserve))
+    available = min(3 * GIB, hardware.psutil.virtual_memory().available)
+    assert hardware.usable_ram() == int(available - min(reserve, available / 2))
+    (tmp_path / "memory.max").write_text(str(GIB + 2**20))
+    assert hardware.usable_ram() == 2**19  # a small container: half of what is left
 
 
 def test_planning_imports_neither_torch_nor_numba() -> None:

@@ -10,6 +10,10 @@ activations.py    8-bit activations for packed weights
 packed_dot.py     a tile of 16 packed rows times a few tokens, in LLVM IR
 packed_linear.py  a packed matrix times tokens
 packed_moe.py     all routed experts of a layer, packed
+encode.py   weights into packed formats
+lanes.py    16 float32 values as one Numba value, for encode.py
+decode.py   a packed matrix as plain float32
+bandwidth.py      the machine's own limits, for dsr1 bench
 jit.py      compiling and the cache on disk
 threads.py  how many threads
 reference.py  the same results in plain NumPy, for tests

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from quant.kernels.jit import Kernel, inner
-from quant.kernels.packed_dot import BYTES, LINE, _dot_bytes, _prefetch, _x86_has
+from quant.kernels.packed_dot import BYTES, LINE, dot_bytes, prefetch, x86_has
 from quant.kernels.threads import call, thread_count
 from quant.kernels.tiles import integers, share
 from quant.kernels.vector import I32, I64, LANES, VI, i64, load_lanes, processor_has, splat_bits
@@ -28,7 +28,7 @@ STEP_LINES = 4  # lines of 64 bytes of each stream in a round
 SERIAL_PAGES = 256  # that one thread reads about as fast as a parallel region starts
 READ_SIGNATURE = "int64(" + ", ".join(["int64"] * 4) + ")"
 
-SIDE = 4 if _x86_has("avx512f") else 2  # SIDE x SIDE sums and the operands fit the registers
+SIDE = 4 if x86_has("avx512f") else 2  # SIDE x SIDE sums and the operands fit the registers
 OPERAND_ROUNDS = 8  # rounds before operands come again, so that no product can be kept from the round before
 OPERAND_BYTES = OPERAND_ROUNDS * 2 * SIDE * LINE
 ROUND_OPERATIONS = 2 * SIDE * SIDE * 4 * LANES  # a product and a sum each
@@ -71,7 +71,7 @@ def _emit_read(builder: Any, variant: ReadVariant, address: Any, nbytes: Any) ->
             lines = [builder.add(place, i64(LINE * line)) for line in range(STEP_LINES)]
             if variant.ahead:
                 for line in lines:
-                    _prefetch(builder, builder.add(line, i64(variant.ahead)))
+                    prefetch(builder, builder.add(line, i64(variant.ahead)))
             words = [load_lanes(builder, line, I32, None) for line in lines]
             sums = [builder.add(*pair) for pair in zip(sums, words, strict=True)]
         return sums
@@ -166,7 +166,7 @@ def _emit_rounds(builder: Any, operands: Any, rounds: Any) -> Any:
         loaded = [load_lanes(builder, line, I32, None) for line in lines]
         weights = [builder.bitcast(value, BYTES) for value in loaded[:SIDE]]
         pairs = [(weight, x) for weight in weights for x in loaded[SIDE:]]
-        return [_dot_bytes(builder, total, *pair) for total, pair in zip(sums, pairs, strict=True)]
+        return [dot_bytes(builder, total, *pair) for total, pair in zip(sums, pairs, strict=True)]
 
     return _sum_of(builder, _loop(builder, rounds, 1, SIDE * SIDE, step))
 

@@ -49,7 +49,7 @@ BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 ROW_BYTES, ROW_SHORTS = ir.VectorType(I8, TILE_ROWS), ir.VectorType(I16, TILE_ROWS)
 
 
-def _x86_has(feature: str) -> bool:
+def x86_has(feature: str) -> bool:
     return platform.machine().lower() in ("x86_64", "amd64") and processor_has(feature)
 
 
@@ -134,7 +134,7 @@ def _emit_dot(builder: Any, fmt: PackedFormat, tile: Any, inputs: list[Any], blo
 def _emit_block(builder: Any, block: _Block, sums: list[Any]) -> list[Any]:
     """Each token's 16 sums after one more block."""
     for offset in range(0, block.fmt.block_bytes, LINE):
-        _prefetch(builder, builder.add(block.address, i64(offset + PREFETCH)))
+        prefetch(builder, builder.add(block.address, i64(offset + PREFETCH)))
     for group in range(BLOCK_GROUPS):
         scale = _bf16_scale(builder, block, 0 if block.fmt is ACCURATE else group)
         factors = _integer_scales(builder, block, group) if block.fmt is ACCURATE else None
@@ -168,7 +168,7 @@ def _products(builder: Any, block: _Block, group: int) -> list[list[Any]]:
         for x, sums in zip(block.inputs, halves, strict=True):
             four = splat(builder, _load(builder, x, GROUP * group + 4 * quad, I32), VI)
             half = 2 * quad // QUADS
-            sums[half] = _dot_bytes(builder, sums[half], weights, four)
+            sums[half] = dot_bytes(builder, sums[half], weights, four)
     return halves
 
 
@@ -216,11 +216,11 @@ def _quad(builder: Any, block: _Block, group: int, quad: int) -> Any:
 
 def _look_up(builder: Any, codes: Any, table: list[int]) -> Any:
     """table[code] for 64 codes below 16."""
-    if _x86_has("avx512bw"):
+    if x86_has("avx512bw"):
         return _call_in_parts(builder, "llvm.x86.avx512.pshuf.b.512", 1, [ir.Constant(BYTES, table * 4), codes])
-    if _x86_has("avx2"):
+    if x86_has("avx2"):
         return _call_in_parts(builder, "llvm.x86.avx2.pshuf.b", 2, [ir.Constant(BYTES, table * 4), codes])
-    if _x86_has("ssse3"):
+    if x86_has("ssse3"):
         return _call_in_parts(builder, "llvm.x86.ssse3.pshuf.b.128", 4, [ir.Constant(BYTES, table * 4), codes])
     values = [_constant(BYTES, value) for value in table]
     for bit in range(4):
@@ -229,12 +229,12 @@ def _look_up(builder: Any, codes: Any, table: list[int]) -> Any:
     return values[0]
 
 
-def _dot_bytes(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
+def dot_bytes(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
     """sums [16] += the products of each lane's four unsigned bytes `weights` and four signed bytes `x`."""
     operands = [sums, builder.bitcast(weights, VI), x]
-    if _x86_has("avx512vnni"):
+    if x86_has("avx512vnni"):
         return _call_in_parts(builder, "llvm.x86.avx512.vpdpbusd.512", 1, operands)
-    if _x86_has("avxvnni"):
+    if x86_has("avxvnni"):
         return _call_in_parts(builder, "llvm.x86.avx512.vpdpbusd.256", 2, operands)
     weights, x = builder.bitcast(weights, SHORTS), builder.bitcast(x, SHORTS)
     eight = _constant(SHORTS, 8)
@@ -285,7 +285,7 @@ def _load(builder: Any, base: Any, offset: int, kind: ir.Type) -> Any:
     return loaded
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def prefetch(builder: Any, address: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
