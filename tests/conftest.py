@@ -34,6 +34,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_kernel_thread() -> Iterator[None]:
+    """Our kernels with one thread, so that a test decides when there are more."""
+    from quant.kernels import set_threads, thread_count
+
+    before = thread_count()
+    set_threads(1)
+    yield
+    set_threads(before)
+
+
 @pytest.fixture(scope="session")
 def r1_folder(tmp_path_factory) -> Path:
     """A model folder with the tokenizer files of DeepSeek-R1."""

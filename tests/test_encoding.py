@@ -1,7 +1,5 @@
 """Encoding: the kernel against its NumPy judge, and what the encoder promises of its results."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from numpy.typing import NDArray
 from quant import encoding
 from quant.encode_reference import quantise
 from quant.encoding import encode
-from quant.kernels import set_threads, thread_count
+from quant.kernels import set_threads
 from quant.packed import ACCURATE, FAST, PACKED_FORMATS, Q8, PackedFormat
 from quant.packing import Codes, bf16_of_float, decode, float_of_bf16, pack, unpack
 from tools.formats.fit_levels import GAUSS_16, fit, relative_error
@@ -25,13 +23,7 @@ each_format = pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: fmt.name)
 ROWS, COLUMNS = st.sampled_from((1, 15, 17, 33)), st.sampled_from((1, 96, 128, 160, 320, 416))
 LARGEST = float(np.finfo(np.float32).max)
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = thread_count()
-    set_threads(1)
-    yield
-    set_threads(before)
+pytestmark = pytest.mark.usefixtures("one_kernel_thread")
 
 
 def gaussian(shape: tuple[int, int], rng: np.random.Generator) -> Floats:

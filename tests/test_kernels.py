@@ -5,7 +5,6 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,7 @@ ROOT = Path(__file__).parent.parent
 # Rounding of float32 sums: a 1 % mistake in one of a thousand values would show.
 TOLERANCE = 1e-11
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = thread_count()
-    set_threads(1)
-    yield
-    set_threads(before)
+pytestmark = pytest.mark.usefixtures("one_kernel_thread")
 
 
 def make_weight(fmt: Format, rows: int, columns: int, rng: np.random.Generator) -> QuantTensor:

@@ -1,7 +1,6 @@
 """Kernels for packed weights against their NumPy reference, bit by bit, and what they promise and refuse."""
 
 import platform
-from collections.abc import Iterator
 from typing import Any
 
 import numba
@@ -28,13 +27,7 @@ FORMATS = tuple(PACKED_FORMATS.values())
 FUSED = processor_has("fma")
 by_name = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = thread_count()
-    set_threads(1)
-    yield
-    set_threads(before)
+pytestmark = pytest.mark.usefixtures("one_kernel_thread")
 
 
 def random_packed(fmt: PackedFormat, shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.uint8]:
