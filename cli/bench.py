@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cli.escape import say
 from cli.options import RunOptions
-from cli.output import say
 from cli.run import load_engine
 from hybrid_rt.engine import Engine, use_threads
 from hybrid_rt.models import DEFAULT_MODEL, NANO_R1
@@ -41,6 +41,7 @@ SHAPES = {
 DEFAULT_FORMAT, DEFAULT_DECODE, DEFAULT_PREFILL = "accurate", "1,2,4,8,16", "128,512,2048"
 PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 512, 64, 64
 PREFILL_RUNS = 3
+TABLE_WIDTH = 110  # columns that a report of R1's size takes
 SMALL_BYTES = 2**30  # weights below may be served from a cache
 
 
@@ -133,6 +134,7 @@ def show_report(report: Report, console: Console) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
+    console = Console(file=console.file, width=max(console.width, TABLE_WIDTH), highlight=False)  # no digit is cut
     table.add_column("", no_wrap=True)
     for name in ("tokens", "threads", "ms", "quartiles", "GB/s", "read GB/s", "of read", "Gop/s", "of peak"):
         table.add_column(name, justify="right", no_wrap=True)

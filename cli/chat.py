@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 from prompt_toolkit import PromptSession
 
+from cli.escape import say
 from cli.options import RunOptions
-from cli.output import AnswerPrinter, say
+from cli.output import AnswerPrinter
 from cli.run import choose_sampling, load_engine
 from hybrid_rt.generation import Step
 from quant.errors import Dsr1Error

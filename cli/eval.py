@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from cli.output import say
+from cli.escape import say
 from hybrid_rt.engine import Engine
 from hybrid_rt.evaluate.evaluation import Comparison, Evaluation, Report, evaluate, ignore
 from hybrid_rt.evaluate.statistics import Estimate

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cli.escape import say
 from cli.options import RunOptions, takes_run_options
 from quant.errors import Dsr1Error
 
@@ -178,7 +179,12 @@ def main() -> None:
     except Dsr1Error as error:
         if "--debug" in sys.argv:
             raise
-        print(f"dsr1: {error}", file=sys.stderr)
+        say(f"dsr1: {error}")
+        sys.exit(EXIT_ERROR)
+    except (OSError, UnicodeDecodeError) as error:  # files that may not be read, input that is no text
+        if "--debug" in sys.argv or isinstance(error, BrokenPipeError):
+            raise
+        say(f"dsr1: {error}; check the file and its permissions")
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -1,25 +1,11 @@
 """What goes to the terminal: answers to standard output, everything else to standard error."""
 
-import re
-import sys
 from collections.abc import Iterable
 
 from rich.console import Console
 
+from cli.escape import escape, say
 from hybrid_rt.generation import Step, Timings
-
-# Control characters can move the cursor, rename the window or type for the user: only newline and tab pass.
-UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def escape(text: str) -> str:
-    """Model output with control characters made visible."""
-    return UNSAFE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-
-
-def say(text: str) -> None:
-    """Tell the user something beside the answer."""
-    print(escape(text), file=sys.stderr)
 
 
 class AnswerPrinter:

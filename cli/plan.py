@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cli.escape import escape, say
 from offload.hardware import choose_device, usable_ram
 from offload.plan import Plan
 from offload.planner import Available, Budget, choose_context, make_plan
@@ -19,6 +19,7 @@ from quant.config import load_config
 from quant.errors import CheckpointError, StoreError
 from quant.hub import Published, published_in, published_on_hub
 from quant.inventory import Inventory
+from quant.journal import is_unfinished
 from quant.manifest import MANIFEST_NAME, read_manifest
 from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe, representations
 from quant.shapes import KNOWN_MODELS, known_shape
@@ -63,7 +64,7 @@ def plan(
         print(json.dumps({"model": model, "as": subject.title} | made.to_json()))
         return
     for note in notes:
-        print(note, file=sys.stderr)
+        say(note)
     show(made, subject.title, Console(highlight=False, markup=False))
 
 
@@ -77,6 +78,10 @@ def find_subject(model: str, recipe: Recipe | None) -> Subject:
         if model == NANO_STORE:
             recipe = recipe or find_recipe(DEFAULT_RECIPE)
         return _published_subject(model, published_in(_nano_folder()), recipe)
+    if is_unfinished(folder):
+        raise StoreError(
+            f"{folder} is a conversion that was not finished; run the same `dsr1 quantize` again to finish it"
+        )
     if (folder / MANIFEST_NAME).exists():
         return _store_subject(folder, recipe)
     if folder.is_dir():
@@ -126,7 +131,7 @@ def _nano_folder() -> Path:
 
 def show(made: Plan, title: str, console: Console) -> None:
     """The plan as a table, and what it amounts to."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     for name in ("part", "layers", "format", "where"):
         table.add_column(name, overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
@@ -144,6 +149,8 @@ def summary(made: Plan) -> list[str]:
     if made.on_gpu:
         lines.append(_sum("GPU", made.gpu_bytes, made.gpu_budget))
     lines.append(_sum("RAM", made.ram_bytes, made.ram_budget))
+    if not made.decode_ram_bytes:
+        return lines
     ceilings = [f"{speed} GB/s: {_figure(speed * 1e9 / made.decode_ram_bytes)}" for speed in EXAMPLE_BANDWIDTHS]
     lines.append(
         f"A token reads {_figure(made.decode_ram_bytes / 1e6)} MB of weights from RAM. The memory's bandwidth divided "

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 
-from cli.output import say
+from cli.escape import escape, say
 from hybrid_rt.engine import use_threads
 from hybrid_rt.models import resolve_checkpoint
 from offload.sizes import format_size
@@ -56,10 +56,10 @@ def shown_progress() -> Iterator[Show]:
     if not console.is_terminal:
         yield Lines().show
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True))
     with ProgressBar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=None)
-        yield lambda step: bar.update(task, description=step.file, completed=step.done, total=step.total)
+        yield lambda step: bar.update(task, description=escape(step.file), completed=step.done, total=step.total)
 
 
 class Lines:

@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from cli.escape import say
 from cli.options import RunOptions
-from cli.output import AnswerPrinter, say
+from cli.output import AnswerPrinter
 from cli.plan import show
 from hybrid_rt.engine import Engine
 from hybrid_rt.generation import Completion, collect

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from cli.output import say
+from cli.escape import say
 from cli.quantize import shown_progress
 from offload.sizes import format_size
 from quant.store import Store

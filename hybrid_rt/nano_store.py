@@ -1,14 +1,15 @@
 """nano-r1's 4-bit store: made from the shipped checkpoint when it is first wanted, and kept in the user's cache."""
 
 import hashlib
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import quant
 from hybrid_rt.models import NANO_R1
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
+from quant.errors import StoreError
 from quant.recipes import DEFAULT_RECIPE, find_recipe
 from quant.store import is_store
 from quant.user_cache import user_cache
@@ -23,11 +24,13 @@ def nano_store(recipe: str | None) -> Path:
     folder = user_cache() / "stores" / f"nano-r1-{name}-{_fingerprint()}"
     if is_store(folder):
         return folder
-    own = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        own.parent.mkdir(parents=True, exist_ok=True)
         convert(Checkpoint.open(NANO_R1), own, name)
         own.rename(folder)
+    except StoreError as error:
+        raise OSError(str(error)) from None
     except OSError:
         if not is_store(folder):
             raise

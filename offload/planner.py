@@ -229,7 +229,7 @@ def _explain(smallest: Plan, inventory: Inventory, budget: Budget) -> str:
     recipe = RECIPES[DEFAULT_RECIPE]
     *_, store = _drafts(inventory, lambda spec: representations(spec, recipe), budget)
     if _fits(store):
-        advice.append("the 4-bit store that `dsr1 quantize` makes of it fits")
+        advice.append("the 4-bit store that `dsr1 quantize` makes of the published checkpoint fits")
     needs = " and ".join(f"{shortage.option} {ceil(shortage.needed / 2**30)}G" for shortage in shortages)
     advice.append(f"as it is, it needs {needs}" if advice else f"it needs {needs}")
     return "; ".join([shortage.sentence() for shortage in shortages] + advice)

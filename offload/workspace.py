@@ -7,6 +7,7 @@ assigned again. Nothing depends on the length of the context.
 Shapes: T tokens of a chunk, S cached tokens of a block, H heads, C = kv_lora, D dim, E routed experts.
 """
 
+import os
 from dataclasses import dataclass
 
 from quant.config import ModelConfig
@@ -20,7 +21,7 @@ DECODE_BLOCK = 2048
 F32 = 4
 SMALL_TENSORS = 64 * 512  # masks' aranges, ids and the like: each takes at least one unit of the allocator
 SCRATCH_ROWS = 32  # weight rows that a thread of the expert kernels decodes together
-THREADS = 64  # threads whose scratch is set aside
+THREADS = max(64, os.cpu_count() or 1)  # threads whose scratch is set aside
 
 
 def workspace_bytes(config: ModelConfig, chunk: int, activation_bytes: int = 2) -> int:

@@ -26,6 +26,8 @@ from quant.safetensors_writer import FilePlan, write_safetensors
 from quant.store_layout import STORE_VERSION, StoreEntry, plan_store
 
 STRIP_WEIGHTS = 1 << 24  # 64 MiB in float32, and enough rows to keep many cores busy
+TAIL_BYTES = 1 << 16  # of each shard, which tell models of one shape apart
+ENCODER_SOURCES = ("packed.py", "packing.py", "encode_reference.py", "encoding.py", "kernels/encode.py")
 MATRICES = 3  # of an expert: gate, up, down
 # What else belongs to a model, copied as it is.
 COPIED = (
@@ -79,11 +81,24 @@ def _embedding_format(source: Checkpoint) -> str:
 
 def _task(source: Checkpoint, recipe: Recipe, copies: Iterable[str]) -> dict[str, str]:
     """What the journal says of a conversion."""
-    return {"version": str(STORE_VERSION), "recipe": recipe.name, "source": fingerprint(source, copies)}
+    return {
+        "version": str(STORE_VERSION),
+        "encoder": _encoder_fingerprint(),
+        "recipe": recipe.name,
+        "source": fingerprint(source, copies),
+    }
+
+
+def _encoder_fingerprint() -> str:
+    """Changes with the formats and with what chooses codes, so that no store is finished by another encoder."""
+    digest = hashlib.sha256()
+    for name in ENCODER_SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
 
 
 def fingerprint(source: Checkpoint, copies: Iterable[str]) -> str:
-    """SHA-256 over the copied files whole, and name, size and header of each shard, in hexadecimal."""
+    """SHA-256 over the copied files whole, and name, size, header and last bytes of each shard, in hexadecimal."""
     digest = hashlib.sha256()
     for name in copies:
         digest.update(f"{name} {sha256_of(source.folder / name)}\n".encode())
@@ -91,6 +106,8 @@ def fingerprint(source: Checkpoint, copies: Iterable[str]) -> str:
         digest.update(f"{shard.path.name} {shard.file_bytes}\n".encode())
         with shard.path.open("rb") as file:
             digest.update(file.read(shard.data_start))
+            file.seek(max(shard.data_start, shard.file_bytes - TAIL_BYTES))
+            digest.update(file.read())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and their checksums."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -70,6 +71,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # what file systems say that cannot
+            raise
     finally:
         os.close(descriptor)
 

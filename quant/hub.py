@@ -75,9 +75,10 @@ def _published(name: str, config_json: Path, dtypes: Dtypes) -> Published:
 
 def _present_mtp_layers(config: ModelConfig, dtypes: Dtypes) -> int:
     """MTP layers of which there are tensors; many conversions leave them out."""
-    last = config.n_layers + config.n_mtp_layers
-    present = [layer for layer in range(config.n_layers, last) if f"model.layers.{layer}.enorm.weight" in dtypes]
-    return max((layer - config.n_layers + 1 for layer in present), default=0)
+    count = 0
+    while count < config.n_mtp_layers and f"model.layers.{config.n_layers + count}.enorm.weight" in dtypes:
+        count += 1
+    return count
 
 
 def _check_dtypes(name: str, inventory: Inventory, dtypes: Dtypes, runs: bool) -> None:

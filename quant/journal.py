@@ -47,8 +47,8 @@ def conversion(folder: Path, task: Mapping[str, str]) -> Iterator[None]:
 
     Raises StoreError if the folder holds anything else than the same conversion, or another process works on it.
     """
-    check_target(folder)
     try:
+        check_target(folder)
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / JOURNAL_NAME).open("a+b")
     except OSError as error:
@@ -59,8 +59,11 @@ def conversion(folder: Path, task: Mapping[str, str]) -> Iterator[None]:
         _lock(file, folder)
         _begin_or_continue(file, folder, task)
         yield
+        if fcntl is not None:  # while the lock is held
+            (folder / JOURNAL_NAME).unlink(missing_ok=True)
+    if fcntl is None:  # Windows removes closed files only
         (folder / JOURNAL_NAME).unlink(missing_ok=True)
-        sync_folder(folder)
+    sync_folder(folder)
 
 
 def _lock(file: BinaryIO, folder: Path) -> None:
@@ -78,6 +81,9 @@ def _lock(file: BinaryIO, folder: Path) -> None:
 def _begin_or_continue(file: BinaryIO, folder: Path, task: Mapping[str, str]) -> None:
     file.seek(0)
     text = file.read()
+    if not text and (folder / MANIFEST_NAME).exists():  # another process finished after `check_target`
+        (folder / JOURNAL_NAME).unlink(missing_ok=True)
+        check_target(folder)
     if not text and [path.name for path in folder.iterdir()] == [JOURNAL_NAME]:
         file.write((json.dumps(task, indent=2, sort_keys=True) + "\n").encode())
         file.flush()

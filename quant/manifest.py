@@ -18,6 +18,7 @@ from quant.store_layout import STORE_FORMAT, STORE_VERSION
 
 MANIFEST_NAME = "dsr1-store.json"
 REMEDY = "run `dsr1 quantize` again, into a new folder"
+MAX_NAME_BYTES = 255  # of a file, in common file systems
 KEYS = {"format", "version", "recipe", "formats", "experts", "linears", "embedding", "mtp_layers", "files"}
 SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -130,11 +131,13 @@ def _recipe(path: Path, fields: Mapping[str, Any], formats: Mapping[str, PackedF
 def _files(path: Path, files: Any) -> dict[str, FileRecord]:
     if not isinstance(files, dict):
         raise _damaged(path, "files is not an object")
+    if "config.json" not in files:
+        raise _damaged(path, "it does not list config.json")
     return {name: _file(path, name, entry) for name, entry in files.items()}
 
 
 def _file(path: Path, name: str, entry: Any) -> FileRecord:
-    if name in ("", ".", "..", MANIFEST_NAME) or set(name) & set("/\\\0"):
+    if name in ("", ".", "..", MANIFEST_NAME) or set(name) & set("/\\\0") or len(name.encode()) > MAX_NAME_BYTES:
         raise _damaged(path, f"{name!r} is not the name of a file in the store")
     if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
         raise _damaged(path, f"file {name!r} has other fields than bytes and sha256")

@@ -134,7 +134,7 @@ def test_no_context_is_offered_where_none_helps() -> None:
 def test_a_published_checkpoint_that_is_too_large_points_to_quantize() -> None:
     inventory = Inventory.of(config_of(R1))
     budget = Budget("cuda", 24 * GIB, 384 * GIB, 32768)
-    with pytest.raises(PlanError, match="the 4-bit store that `dsr1 quantize` makes of it fits"):
+    with pytest.raises(PlanError, match="the 4-bit store that `dsr1 quantize` makes of the published checkpoint fits"):
         make_plan(inventory, lambda spec: spec.representations[:1], budget)
     with pytest.raises(PlanError, match="needs --gpu-mem") as error:
         make_plan(inventory, lambda spec: spec.representations[:1], replace(budget, gpu_mem=GIB))

@@ -5,6 +5,7 @@ from math import exp, sqrt
 
 import torch
 
+LARGEST_NLL = 700.0  # nats; the exponential of more is no float64. Only a damaged model gets there
 Z = 1.96  # standard errors to either side
 
 
@@ -26,7 +27,7 @@ def mean(values: torch.Tensor) -> Estimate:
 
 def perplexity(nll: Estimate) -> Estimate:
     """exp of a mean negative log likelihood. Its standard error is that of the mean times exp (delta method)."""
-    value = exp(nll.value)
+    value = exp(min(nll.value, LARGEST_NLL))
     half = value * (nll.high - nll.value)
     return Estimate(value, value - half, value + half)
 

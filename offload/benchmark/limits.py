@@ -30,7 +30,7 @@ def record_ranges(experts: PackedExperts, chosen: Iterable[int]) -> Tensor:
 
 
 def expert_ranges(layers: Sequence[CpuExperts], limit: int) -> Tensor:
-    """The memory of all experts of `layers`, for read_ranges, from the first one on, up to `limit` bytes."""
+    """The memory of all experts of `layers`, for read_ranges, of as many layers as hold `limit` bytes."""
     ranges: list[tuple[int, int]] = []
     for layer in layers:
         if sum(pages for _, pages in ranges) * PAGE >= limit:

@@ -1,5 +1,6 @@
 """A report as a roofline: operations a second over operations a byte, under what the machine can do."""
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,8 @@ def check_plot(path: Path) -> None:
         raise Dsr1Error(f"{path} does not tell the plot's format; give a name that ends in {' or '.join(SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise Dsr1Error(f"the plot cannot be written to {path}, as its folder does not exist; make the folder first")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise Dsr1Error(f"the plot cannot be written to {path}; give another name")
 
 
 def place(point: Point) -> tuple[float, float]:
@@ -33,7 +36,7 @@ def draw_roofline(report: Report, path: Path) -> None:
     bandwidth, peak = report.limits.read.bytes_s / 1e9, report.limits.peak / 1e9
     ridge = peak / bandwidth
     intensities = [place(point)[0] for point in (*report.decode, *report.prefill)]
-    ends = [min(*intensities, ridge) / 2, ridge, max(*intensities, ridge) * 2]
+    ends = [min([*intensities, ridge]) / 2, ridge, max([*intensities, ridge]) * 2]
     axes.plot(ends, [min(peak, bandwidth * end) for end in ends], color="black", label="limit of this machine")
     for label, points in (("decode", report.decode), ("prefill", report.prefill)):
         if points:

@@ -1,6 +1,7 @@
 """Random experts that multiply like real ones: any codes, and scales that keep activations near 1."""
 
 import mmap
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ def allocate(nbytes: int) -> Tensor:
     """uint8 [nbytes] of fresh memory, zeros, at the start of a page; in huge pages where the system has them."""
     pages = mmap.mmap(-1, nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
