@@ -106,7 +106,7 @@ def test_amx_needs_the_processor_and_the_system(tmp_path: Path) -> None:
     assert found(amx(cpuinfo(tmp_path, VNNI + " amx_tile"), never)).value == "no"
     root = cpuinfo(tmp_path, VNNI + " amx_bf16 amx_tile amx_int8")
     assert found(amx(root, lambda: True)).verdict == "ok"
-    assert found(amx(root, lambda: False)).verdict == "attention"
+    assert "not granted" in found(amx(root, lambda: False)).value
     assert amx(tmp_path / "nothing", never) is None
 
 
@@ -118,14 +118,11 @@ def test_ram_is_a_problem_where_none_is_left() -> None:
     assert found(ram(4 * GIB, GIB, None, 0)).verdict == "problem"
 
 
-@pytest.mark.parametrize(
-    ("setting", "verdict"),
-    [("[always] madvise never", "ok"), ("always [madvise] never", "ok"), ("always madvise [never]", "attention")],
-)
-def test_huge_pages(tmp_path: Path, setting: str, verdict: str) -> None:
+@pytest.mark.parametrize("setting", ["[always] madvise never", "always [madvise] never", "always madvise [never]"])
+def test_huge_pages(tmp_path: Path, setting: str) -> None:
     assert huge_pages(tmp_path) is None
     check = found(huge_pages(write(tmp_path, {"sys/kernel/mm/transparent_hugepage/enabled": setting + "\n"})))
-    assert check.verdict == verdict and f"[{check.value}]" in setting
+    assert check.verdict == "ok" and f"[{check.value.partition(';')[0]}]" in setting
 
 
 def test_strict_overcommit(tmp_path: Path) -> None:

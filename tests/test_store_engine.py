@@ -178,3 +178,14 @@ def test_without_a_cache_the_checkpoint_runs(monkeypatch: pytest.MonkeyPatch, tm
     assert resolve_model(None, None, notes) == NANO_R1 and "FP8 checkpoint runs" in notes[0]
     with pytest.raises(StoreError, match="cache folder"):
         resolve_model("nano-r1", "fast", [])
+
+
+def test_on_a_full_disk_the_checkpoint_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr("hybrid_rt.nano_store.user_cache", lambda: tmp_path)
+    monkeypatch.setattr("hybrid_rt.nano_store.convert", full)
+    notes: list[str] = []
+    assert resolve_model(None, None, notes) == NANO_R1 and "the disk is full" in notes[0]
+    assert not list((tmp_path / "stores").iterdir())
