@@ -24,7 +24,7 @@ from offload.experts import CpuExperts
 from offload.hardware import usable_ram
 from offload.sizes import format_size
 from quant.config import ModelConfig, load_config
-from quant.errors import Dsr1Error
+from quant.errors import UsageError
 from quant.kernels import thread_count
 from quant.kernels.bandwidth import instruction_set
 from quant.packed import PACKED_FORMATS, PackedFormat
@@ -57,17 +57,17 @@ def bench(
 ) -> None:
     """Measure `model` (None: the built-in one), or layers of `shape`; print a table or one JSON object.
 
-    fmt, decode and prefill (numbers of tokens, as in "1,2,4"; "" for none) and plot are for a shape. Raises Dsr1Error.
+    fmt, decode and prefill (numbers of tokens, as in "1,2,4"; "" for none) and plot are for a shape. Raises UsageError.
     """
     if shape is None:
         if any(option is not None for option in (fmt, decode, prefill, plot)):
-            raise Dsr1Error(
+            raise UsageError(
                 "--format, --decode, --prefill and --plot are for layers of a shape; give --shape, as in r1"
             )
         bench_engine(model, threads, as_json)
         return
     if model is not None:
-        raise Dsr1Error(f"either a model or a shape can be measured at a time; leave out {model} or --shape {shape}")
+        raise UsageError(f"either a model or a shape can be measured at a time; leave out {model} or --shape {shape}")
     packed = find_format(DEFAULT_FORMAT if fmt is None else fmt)
     wanted = Wanted(
         parse_tokens("--decode", DEFAULT_DECODE if decode is None else decode),
@@ -87,27 +87,27 @@ def bench(
 
 
 def find_shape(name: str) -> ModelConfig:
-    """The config of a shape. Raises Dsr1Error for an unknown name."""
+    """The config of a shape. Raises UsageError for an unknown name."""
     if name == NANO:
         return load_config(NANO_R1)
     shape = known_shape(SHAPES[name]) if name in SHAPES else None
     if shape is None:
-        raise Dsr1Error(f"there is no shape {name!r}; give one of {', '.join([*SHAPES, NANO])}")
+        raise UsageError(f"there is no shape {name!r}; give one of {', '.join([*SHAPES, NANO])}")
     return shape.config
 
 
 def find_format(name: str) -> PackedFormat:
-    """A packed format by its name. Raises Dsr1Error."""
+    """A packed format by its name. Raises UsageError."""
     if name not in PACKED_FORMATS:
-        raise Dsr1Error(f"there is no format {name!r}; give one of {', '.join(PACKED_FORMATS)}")
+        raise UsageError(f"there is no format {name!r}; give one of {', '.join(PACKED_FORMATS)}")
     return PACKED_FORMATS[name]
 
 
 def parse_tokens(option: str, text: str) -> tuple[int, ...]:
-    """Numbers of tokens from "1,2,4"; none from "". Raises Dsr1Error for anything else."""
+    """Numbers of tokens from "1,2,4"; none from "". Raises UsageError for anything else."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise Dsr1Error(f"{option} is {text!r}; give numbers of tokens from 1 on, as in 1,4,16")
+        raise UsageError(f"{option} is {text!r}; give numbers of tokens from 1 on, as in 1,4,16")
     return tuple(int(word) for word in words)
 
 

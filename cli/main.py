@@ -9,9 +9,9 @@ import typer
 
 from cli.escape import say
 from cli.options import RunOptions, takes_run_options
-from quant.errors import Dsr1Error
+from quant.errors import Dsr1Error, UsageError
 
-EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="dsr1",
@@ -180,7 +180,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         say(f"dsr1: {error}")
-        sys.exit(EXIT_ERROR)
+        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
     except (OSError, UnicodeDecodeError) as error:  # files that may not be read, input that is no text
         if "--debug" in sys.argv or isinstance(error, BrokenPipeError):
             raise

@@ -27,3 +27,7 @@ class DeviceError(Dsr1Error):
 
 class StoreError(Dsr1Error):
     """A store cannot be written, is not finished, or is not what its manifest says."""
+
+
+class UsageError(Dsr1Error):
+    """Options that contradict each other or cannot be read; exit status 2."""
