@@ -181,13 +181,13 @@ def main() -> None:
             raise
         say(f"dsr1: {error}")
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
-    except (OSError, UnicodeDecodeError) as error:  # files that may not be read, input that is no text
-        if "--debug" in sys.argv or isinstance(error, BrokenPipeError):
-            raise
-        say(f"dsr1: {error}; check the file and its permissions")
-        sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()  # the interpreter would complain about the closed pipe at exit
+        sys.exit(EXIT_ERROR)
+    except (OSError, UnicodeDecodeError) as error:  # files that may not be read, input that is no text
+        if "--debug" in sys.argv:
+            raise
+        say(f"dsr1: {error}; check the file and its permissions")
         sys.exit(EXIT_ERROR)
