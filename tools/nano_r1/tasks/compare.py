@@ -7,7 +7,7 @@ from decimal import Decimal
 from random import Random
 from typing import NamedTuple
 
-from .base import Split, Task, restyle
+from .base import Task, restyle
 from .digits import compare_steps
 
 WHOLE, PLACES = 3, 4  # digits before and after the point in the padded form
@@ -74,10 +74,6 @@ class Compare(Task[Comparison]):
     name = "compare"
     always_test = frozenset({"9.11 9.8"})
 
-    def problem(self, split: Split, rng: Random, level: float = 1.0) -> Comparison:
-        """In training all questions are equally frequent: telling them apart is what goes wrong."""
-        problem = super().problem(split, rng, level)
-        return problem._replace(ask=rng.choice(list(WORDINGS))) if split == "train" else problem
 
     def draw(self, rng: Random, level: float) -> Comparison:
         ask = rng.choices(list(WORDINGS), [6, 2, 2, 2])[0]
