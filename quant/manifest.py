@@ -131,8 +131,6 @@ def _recipe(path: Path, fields: Mapping[str, Any], formats: Mapping[str, PackedF
 def _files(path: Path, files: Any) -> dict[str, FileRecord]:
     if not isinstance(files, dict):
         raise _damaged(path, "files is not an object")
-    if "config.json" not in files:
-        raise _damaged(path, "it does not list config.json")
     return {name: _file(path, name, entry) for name, entry in files.items()}
 
 

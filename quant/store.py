@@ -23,6 +23,8 @@ from quant.safetensors_file import SafetensorsFile
 from quant.safetensors_writer import DATA_ALIGNMENT, PADDING
 from quant.store_layout import METADATA, StoreEntry, entry_name, expert_record, experts_name, layer_file, plan_store
 
+CONFIG_NAME = "config.json"
+
 
 def is_store(folder: Path) -> bool:
     """Whether a folder is a store, be it an unfinished one, and not a published checkpoint."""
@@ -140,7 +142,9 @@ class Store:
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    """Require every file of the manifest, with its size, and no other tensors."""
+    """Require every file of the manifest, config.json among them, with its size, and no other tensors."""
+    if CONFIG_NAME not in manifest.files:
+        raise StoreError(f"{folder / MANIFEST_NAME} is damaged: it does not list {CONFIG_NAME}; {REMEDY}")
     for name, record in manifest.files.items():
         path = folder / name
         if not path.is_file():

@@ -83,7 +83,7 @@ def some_earlier(rng: Random, level: float, like: str = "") -> list[tuple[str, s
 def long_conversation(rng: Random, level: float, tokens: int) -> Example:
     """Turns up to nearly `tokens`, so that the model works to the end of its context."""
     last = any_exchange(rng, level)
-    room = tokens - len(encode(prompt_text(last.question, SYSTEMS[0]))) - 1
+    room = tokens - max(len(encode(prompt_text(last.question, system))) for system in SYSTEMS) - 1
     room -= len(serialize(last, "").ids)
     earlier: list[tuple[str, str]] = []
     while True:

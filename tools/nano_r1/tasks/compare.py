@@ -74,7 +74,6 @@ class Compare(Task[Comparison]):
     name = "compare"
     always_test = frozenset({"9.11 9.8"})
 
-
     def draw(self, rng: Random, level: float) -> Comparison:
         ask = rng.choices(list(WORDINGS), [6, 2, 2, 2])[0]
         whole = str(rng.randrange(10 ** rng.choices([1, 2, 3], [6, 3, 1])[0]))
