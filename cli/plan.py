@@ -1,7 +1,6 @@
 """`dsr1 plan`: what fits and where everything goes, before anything is downloaded. Imports neither torch nor numba."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -17,14 +16,13 @@ from offload.planner import Available, Budget, choose_context, make_plan
 from offload.sizes import format_size, parse_size
 from quant.config import load_config
 from quant.errors import CheckpointError, StoreError
-from quant.hub import Published, published_in, published_on_hub
+from quant.hub import HUB_ID, Published, published_in, published_on_hub
 from quant.inventory import Inventory
 from quant.journal import is_unfinished
 from quant.manifest import MANIFEST_NAME, read_manifest
 from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe, representations
 from quant.shapes import KNOWN_MODELS, known_shape
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 NANO_STORE, NANO_CHECKPOINT = "nano-r1", "nano-r1-fp8"
 EXAMPLE_BANDWIDTHS = (100, 400)  # GB/s: a workstation, and two sockets of DDR5
 TIERS = {"gpu": "GPU", "ram": "RAM"}

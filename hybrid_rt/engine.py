@@ -1,6 +1,5 @@
 """An Engine: immutable weights, and the sessions that run on them."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from hybrid_rt.tokenizer import Tokenizer
 from hybrid_rt.trace import Trace, trace_chunks
 from hybrid_rt.transformer import Transformer
 from offload.experts import ExpertBuffers
+from offload.hardware import allowed_cores
 from offload.plan import Plan
 from quant.errors import ContextError, Dsr1Error, TokenizerError
 from quant.kernels import set_threads
@@ -179,7 +179,7 @@ def verify_model(source: Source, notes: list[str]) -> None:
 
 def use_threads(threads: int | None) -> None:
     """Let kernels and torch use `threads` threads; by default the cores that this process may use."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = allowed_cores()
     if threads is not None and threads < 1:
         raise Dsr1Error(f"{threads} threads are too few; give at least 1")
     count = min(threads or available, available)

@@ -1,15 +1,14 @@
 """What a user calls a model, and the folder that it means."""
 
-import re
 from pathlib import Path
 
 from quant.errors import CheckpointError, StoreError
+from quant.hub import HUB_ID
 
 NANO_R1 = Path(__file__).parent / "nano_r1"
 DEFAULT_MODEL = "nano-r1"
 CHECKPOINT = "nano-r1-fp8"
 BUILT_IN = (DEFAULT_MODEL, CHECKPOINT)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve_model(name: str | Path | None, recipe: str | None, notes: list[str]) -> Path:

@@ -12,9 +12,9 @@ from offload.checks.folders import hub_cache, hub_cache_folder, kernel_cache
 from offload.checks.gpu import gpu
 from offload.checks.memory import huge_pages, locked_memory, numa, overcommit, ram, swap
 from offload.checks.models import models
-from offload.checks.processor import allowed_cores, amx, cores, instruction_sets, processor
+from offload.checks.processor import amx, cores, instruction_sets, processor
 from offload.checks.software import operating_system, packages, python
-from offload.hardware import cpu_quota, gpus, memory_limit, usable_ram
+from offload.hardware import allowed_cores, cpu_quota, gpus, memory_limit, usable_ram
 from quant.user_cache import user_cache
 
 ROOT = Path("/")

@@ -40,6 +40,11 @@ class Gpu:
     memory: GpuMemory
 
 
+def allowed_cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_ram() -> int:
     """Bytes that dsr1 may use by default: what is available less a reserve, at most half of it.
 

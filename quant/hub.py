@@ -4,6 +4,7 @@ Of a folder, or of the Hub: there a few MB are read instead of hundreds of GB. N
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from quant.errors import CheckpointError, ConfigError
 from quant.inventory import Inventory, TensorSpec
 from quant.json_object import parse_json_object
 from quant.shapes import Shape, shape_of
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
 FORMAT_OF_DTYPE = {"F8_E4M3": "fp8_block", "BF16": "bf16", "F32": "f32"}
 LENGTH_BYTES, MAX_HEADER_BYTES = 8, 100_000_000

@@ -3,7 +3,7 @@
 import os
 
 from offload.checks.check import Check
-from offload.checks.processor import allowed_cores
+from offload.hardware import allowed_cores
 from offload.sizes import format_size
 
 MEASURED_BYTES = 3 * 2**30  # more than caches hold

@@ -1,7 +1,6 @@
 """The processor: cores, and the instruction sets that the kernels use."""
 
 import ctypes
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -28,11 +27,6 @@ def cores(allowed: int, total: int, quota: float | None) -> Check:
     threads = max(1, int(quota))
     remedy = f"give --threads {threads}; with more, the system stops all threads again and again"
     return Check("cores", f"{value}, but only for the time of {quota:.1f}", "attention", remedy)
-
-
-def allowed_cores() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def instruction_sets(root: Path, numba_cpu: str | None) -> Check | None:

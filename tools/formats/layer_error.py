@@ -15,12 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from quant.encoding import encode
+from quant.kernels import reference
 from quant.packed import PACKED_FORMATS, PackedFormat
 from quant.packing import decode
 
 Floats = NDArray[np.float32]
-
-ACTIVATION_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,9 @@ def _round_trip(weight: Floats, fmt: PackedFormat) -> Floats:
 
 
 def quantise_activations(x: Floats) -> Floats:
-    """x [T, K] as 8 bits hold it: groups of 32 of K, each with a scale of max|x| / 127."""
-    tokens, k = x.shape
-    groups = np.pad(x, ((0, 0), (0, -k % ACTIVATION_GROUP))).reshape(tokens, -1, ACTIVATION_GROUP)
-    most = np.abs(groups).max(axis=2, keepdims=True)
-    factor = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most != 0)
-    return (np.rint(groups * factor) * (most / np.float32(127))).reshape(tokens, -1)[:, :k]
+    """x [T, K] as 8 bits hold it."""
+    q, scales = reference.quantise_activations(x)
+    return (q.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(len(x), -1)[:, : x.shape[1]]
 
 
 def main() -> None:
