@@ -34,7 +34,7 @@ def _load_word(typingctx, address):  # type: ignore[no-untyped-def]
 def _store_word(typingctx, address, value):  # type: ignore[no-untyped-def]
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = builder.trunc(args[1], I32)
-        builder.store_atomic(word, builder.inttoptr(args[0], POINTER), "seq_cst", 4)
+        builder.atomic_rmw("xchg", builder.inttoptr(args[0], POINTER), word, "seq_cst")
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen

@@ -13,7 +13,7 @@ from quant.kernels.jit import inner
 
 LINE = 64  # bytes; each word has a cache line of its own
 ARRIVED, PHASE, SLEEPERS, COUNTERS = (LINE * line for line in range(4))
-COUNTER_COUNT = 8
+COUNTER_COUNT = 32
 SYNC_BYTES = COUNTERS + COUNTER_COUNT * LINE
 SPINS = 1000  # pauses of about 40 nanoseconds on current processors: some 40 microseconds at most
 
