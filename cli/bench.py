@@ -25,8 +25,8 @@ from offload.hardware import usable_ram
 from offload.sizes import format_size
 from quant.config import ModelConfig, load_config
 from quant.errors import UsageError
+from quant.isa import instruction_set
 from quant.kernels import thread_count
-from quant.kernels.bandwidth import instruction_set
 from quant.packed import PACKED_FORMATS, PackedFormat
 from quant.shapes import known_shape
 

@@ -91,7 +91,7 @@ def test_processors_that_kernels_do_not_use_fully(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs /proc/cpuinfo of x86")
 def test_the_kernels_path_is_the_one_that_they_take() -> None:
-    from quant.kernels.packed_dot import x86_has
+    from quant.isa import x86_has
 
     features = {"AVX-512 VNNI": "avx512vnni", "AVX-VNNI": "avxvnni", "AVX-512": "avx512bw", "AVX2": "avx2"}
     taken = next((name for name, feature in features.items() if x86_has(feature)), None)

@@ -7,7 +7,6 @@ One float accumulator a row takes the groups of 32 columns in order of k, so a r
 tokens are multiplied together.
 """
 
-import platform
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -15,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.isa import x86_has
 from quant.kernels.activations import ACTIVATION_BLOCK, BLOCK_GROUPS, GROUP, SCALES, SUMS_16, SUMS_32
 from quant.kernels.decode import ACCURATE_CODE, FAST_CODE, Q8_CODE
 from quant.kernels.jit import inner
@@ -30,7 +30,6 @@ from quant.kernels.vector import (
     VI,
     i64,
     multiply_add,
-    processor_has,
     splat,
     splat_bits,
     splat_float,
@@ -47,10 +46,6 @@ LEVEL_OFFSET = 128  # makes signed levels unsigned
 SCALE_OFFSET = 32  # what the 6-bit integers of `accurate` are stored with
 BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 ROW_BYTES, ROW_SHORTS = ir.VectorType(I8, TILE_ROWS), ir.VectorType(I16, TILE_ROWS)
-
-
-def x86_has(feature: str) -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64") and processor_has(feature)
 
 
 def offset_of(fmt: PackedFormat) -> int:
