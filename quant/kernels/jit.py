@@ -115,7 +115,7 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
-    for name in ("formats.py", "packed.py", "encode_reference.py"):
+    for name in ("formats.py", "packed.py", "encode_reference.py", "isa.py"):
         digest.update((Path(__file__).parent.parent / name).read_bytes())
     config: Any = numba.config
     asked, features = f"{config.CPU_NAME} {config.CPU_FEATURES}", binding.get_host_cpu_features().flatten()

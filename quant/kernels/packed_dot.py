@@ -10,7 +10,6 @@ Weights are prefetched some blocks ahead. At a tile's end that is the tile which
 the stream from memory never stops.
 """
 
-import platform
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -18,8 +17,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.isa import x86_has
 from quant.kernels.activations import STARTS, offset_of
-from quant.kernels.decode import ACCURATE_CODE, FAST_CODE, Q8_CODE
+from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner
 from quant.kernels.vector import (
     F32,
@@ -33,7 +33,6 @@ from quant.kernels.vector import (
     VI,
     i64,
     multiply_add,
-    processor_has,
     splat,
     splat_bits,
     splat_float,
@@ -48,10 +47,6 @@ AHEAD = {"fast": 3, "accurate": 3, "q8": 2}  # blocks between a read and its pre
 QUADS = BLOCK_K // 4  # operands in a block: 16 rows x 4 columns each
 SCALE_BITS = 0xFFFF0000  # of a header's word
 BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
-
-
-def x86_has(feature: str) -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64") and processor_has(feature)
 
 
 class _Block(NamedTuple):

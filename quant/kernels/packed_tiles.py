@@ -17,6 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.isa import x86_has
 from quant.kernels.activations import record_bytes, record_of, scale_of
 from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner, shared
@@ -29,13 +30,11 @@ from quant.kernels.packed_dot import (
     group_integers,
     look_up,
     prefetch,
-    x86_has,
 )
 from quant.kernels.tiles import floats
 from quant.kernels.vector import (
     F32,
     I8,
-    I32,
     I64,
     POINTER,
     VF,
