@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 from quant.kernels.activations import k_blocks, record_of, scale_of
 from quant.kernels.jit import inner
-from quant.kernels.packed_dot import block_bytes, packed_tile
+from quant.kernels.packed_dot import block_bytes, packed_pair
 from quant.kernels.packed_tiles import HAS_TILES, PAIR_ROWS, multiply_pair, uses_tiles
 from quant.kernels.tiles import integers
 from quant.kernels.vector import TOKEN_TILE
-from quant.packed import TILE_ROWS
 
 
 class Rows(NamedTuple):
@@ -62,11 +61,9 @@ def _dot_pair(inputs, rows, pair, out):  # type: ignore[no-untyped-def]
             scale_of(inputs, numbers[2]),
             scale_of(inputs, numbers[3]),
         )
-        target, is_last = out + first * PAIR_ROWS * 4, first + count == rows.count
-        ways = ((pair[0], pair[1]), (pair[1], pair[2] if is_last else pair[0]))
-        for half in range(2):
-            result = target + half * TILE_ROWS * 4
-            packed_tile(inputs.code, ways[half], count, records, scales, stride, blocks, result, PAIR_ROWS * 4)
+        is_last = first + count == rows.count
+        addresses = (pair[0], pair[1], pair[2] if is_last else pair[0], pair[3] if is_last else pair[1])
+        packed_pair(inputs.code, addresses, count, records, scales, stride, blocks, out + first * PAIR_ROWS * 4)
 
 
 @inner
