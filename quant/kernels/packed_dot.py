@@ -1,4 +1,4 @@
-"""Two tiles of 16 packed rows times 1 or 4 tokens, in LLVM IR. docs/formats.md has the blocks and the order of the sums.
+"""A tile of 16 packed rows times 1 or 4 tokens, in LLVM IR. docs/formats.md has the blocks and the order of the sums.
 
 Each lane is a row. Codes become unsigned bytes level + offset, four columns a lane, which are multiplied with four
 activations and added up in int32: by `vpdpbusd` where there is VNNI, else as two sums of 16-bit products. The sums of
@@ -41,94 +41,88 @@ from quant.packed import ACCURATE, BLOCK_K, FAST, INTEGER_STEP, LINE, LOWEST_INT
 
 BLOCK_BYTES = {fmt.name: fmt.block_bytes for fmt in (FAST, ACCURATE, Q8)}
 FAST_BYTES, ACCURATE_BYTES, Q8_BYTES = BLOCK_BYTES.values()
-PAIR = 2  # tiles that are read at the same time: one stream from memory does not fill its bandwidth
 
-AHEAD = {"fast": 6, "accurate": 6, "q8": 3}  # blocks between a read and its prefetch
+AHEAD = {"fast": 4, "accurate": 4, "q8": 2}  # blocks between a read and its prefetch
 QUADS = BLOCK_K // 4  # operands in a block: 16 rows x 4 columns each
 SCALE_BITS = 0xFFFF0000  # of a header's word
 BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 
 
-class _Inputs(NamedTuple):
-    """Addresses of each token's record and of its first scale; bytes from one scale to the next."""
-
-    records: list[Any]
-    scales: list[Any]
-    scale_stride: Any
-
-
 class _Block(NamedTuple):
-    """One block of weights, and for each token the addresses of its q, of its starts and its scale."""
+    """One block of weights, and for each token the addresses of its q, of its starts and its scale.
+
+    later: address of the block to prefetch, a line for each line that is read.
+    """
 
     fmt: PackedFormat
     address: Any
+    later: Any
     qs: list[Any]
     starts: list[Any]
     scales: list[Any]
 
 
 def make_packed_dot(fmt: PackedFormat, tokens: int) -> Any:
-    """Intrinsic: the 2 x 16 rows of a pair of tiles times `tokens` tokens, whole rows at once.
+    """Intrinsic: 16 rows times `tokens` tokens, whole rows at once.
 
-    dot(pair, records, scales, scale_stride, blocks, result): addresses of two tiles, of `blocks` blocks each, and of
-    the two that will be read after them; of each token's record and first scale (the next ones are `scale_stride`
-    bytes apart); and of float32 [tokens, 32] results.
+    dot(tile, following, records, scales, scale_stride, blocks, result, stride): addresses of a tile of `blocks` blocks
+    and of the tile that will be read after it, of each token's record and first scale (the next ones are
+    `scale_stride` bytes apart), and of the first token's 16 float32 results; the others' follow, `stride` bytes apart.
     """
 
     @intrinsic
-    def dot(typingctx, pair, records, scales, scale_stride, blocks, result):  # type: ignore[no-untyped-def]
+    def dot(typingctx, tile, following, records, scales, scale_stride, blocks, result, stride):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            *tuples, scale_stride, blocks, result = args
-            counts = (2 * PAIR, tokens, tokens)
-            flat = [builder.extract_value(v, i) for v, n in zip(tuples, counts, strict=True) for i in range(n)]
-            builder.call(_dot_function(builder.module, fmt, tokens), [*flat, scale_stride, blocks, result])
+            tile, following, records, scales, *rest = args
+            addresses = [builder.extract_value(value, t) for value in (records, scales) for t in range(tokens)]
+            builder.call(_dot_function(builder.module, fmt, tokens), [tile, following, *addresses, *rest])
             return context.get_dummy_value()
 
-        pair_type, many = types.UniTuple(types.int64, 2 * PAIR), types.UniTuple(types.int64, tokens)
-        return types.void(pair_type, many, many, types.int64, types.int64, types.int64), codegen
+        many = types.UniTuple(types.int64, tokens)
+        return types.void(types.int64, types.int64, many, many, *(types.int64,) * 4), codegen
 
     return dot
 
 
 def _dot_function(module: Any, fmt: PackedFormat, tokens: int) -> Any:
     """The code as a function that is never inlined: it is long, and copies of it would take seconds to compile."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * (2 * PAIR + 2 * tokens + 3))
+    kind = ir.FunctionType(ir.VoidType(), [I64] * (2 * tokens + 6))
     function = cgutils.get_or_insert_function(module, kind, f"dsr1.packed_dot.{fmt.name}.{tokens}")
     if function.is_declaration:
         function.linkage = "linkonce_odr"
         function.attributes.add("noinline")
-        args, builder = list(function.args), ir.IRBuilder(function.append_basic_block("entry"))
-        *pair, blocks, result = args[: 2 * PAIR], args[-2], args[-1]
-        inputs = _Inputs(args[2 * PAIR : 2 * PAIR + tokens], args[2 * PAIR + tokens : -3], args[-3])
-        sums = _emit_dot(builder, fmt, *pair, inputs, blocks)
-        for number, total in enumerate(sums):
-            builder.store(total, builder.inttoptr(builder.add(result, i64(number * LINE)), POINTER)).align = 4
+        tile, following, *addresses, scale_stride, blocks, result, stride = function.args
+        builder = ir.IRBuilder(function.append_basic_block("entry"))
+        tokens_at = addresses[:tokens], addresses[tokens:], scale_stride
+        sums = _emit_dot(builder, fmt, (tile, following), tokens_at, blocks)
+        for t, total in enumerate(sums):
+            target = builder.add(result, builder.mul(stride, i64(t)))
+            builder.store(total, builder.inttoptr(target, POINTER)).align = 4
         builder.ret_void()
     return function
 
 
-def _emit_dot(builder: Any, fmt: PackedFormat, pair: list[Any], inputs: _Inputs, blocks: Any) -> list[Any]:
-    """The 16 sums over all blocks of each token and tile: first token, both tiles; second token ..."""
+def _emit_dot(builder: Any, fmt: PackedFormat, tiles: Any, tokens_at: Any, blocks: Any) -> list[Any]:
+    """Each token's 16 sums over all blocks."""
+    tile, (records, scales, scale_stride) = tiles[0], tokens_at
     entry = builder.block
     head, body, end = (builder.append_basic_block(name) for name in ("head", "body", "end"))
-    starts = [builder.add(record, builder.mul(blocks, i64(BLOCK_K))) for record in inputs.records]
+    starts_at = [builder.add(record, builder.mul(blocks, i64(BLOCK_K))) for record in records]
     builder.branch(head)
     builder.position_at_end(head)
-    at, sums = builder.phi(I64), [builder.phi(VF) for _ in range(PAIR * len(inputs.records))]
+    at, sums = builder.phi(I64), [builder.phi(VF) for _ in records]
     builder.cbranch(builder.icmp_signed("<", at, blocks), body, end)
 
     builder.position_at_end(body)
-    later_sums = list(sums)
-    for half in range(PAIR):
-        _prefetch_ahead(builder, fmt, at, blocks, (pair[half], pair[PAIR + half]))
-        block = _Block(
-            fmt,
-            builder.add(pair[half], builder.mul(at, i64(fmt.block_bytes))),
-            [builder.add(record, builder.mul(at, i64(BLOCK_K))) for record in inputs.records],
-            [builder.add(start, builder.mul(at, i64(4 * STARTS))) for start in starts],
-            [builder.add(scale, builder.mul(at, inputs.scale_stride)) for scale in inputs.scales],
-        )
-        later_sums[half::PAIR] = _emit_block(builder, block, sums[half::PAIR])
+    block = _Block(
+        fmt,
+        builder.add(tile, builder.mul(at, i64(fmt.block_bytes))),
+        _later_block(builder, fmt, at, blocks, tiles),
+        [builder.add(record, builder.mul(at, i64(BLOCK_K))) for record in records],
+        [builder.add(start, builder.mul(at, i64(4 * STARTS))) for start in starts_at],
+        [builder.add(scale, builder.mul(at, scale_stride)) for scale in scales],
+    )
+    later_sums = _emit_block(builder, block, sums)
     firsts, laters = [i64(0), *[splat_float(0.0)] * len(sums)], [builder.add(at, i64(1)), *later_sums]
     for phi, first, later in zip([at, *sums], firsts, laters, strict=True):
         phi.add_incoming(first, entry)
@@ -139,20 +133,20 @@ def _emit_dot(builder: Any, fmt: PackedFormat, pair: list[Any], inputs: _Inputs,
     return sums
 
 
-def _prefetch_ahead(builder: Any, fmt: PackedFormat, at: Any, blocks: Any, tiles: tuple[Any, Any]) -> None:
-    """Prefetch the block that comes some blocks after block `at`: of this tile, or of the following one."""
+def _later_block(builder: Any, fmt: PackedFormat, at: Any, blocks: Any, tiles: Any) -> Any:
+    """The address of the block that comes some blocks after block `at`: of this tile, or of the following one."""
     tile, following = tiles
     later = builder.add(at, i64(AHEAD[fmt.name]))
     is_here = builder.icmp_signed("<", later, blocks)
     start = builder.select(is_here, tile, following)
     number = builder.select(is_here, later, builder.sub(later, blocks))
-    block = builder.add(start, builder.mul(number, i64(fmt.block_bytes)))
-    for offset in range(0, fmt.block_bytes, LINE):
-        prefetch(builder, builder.add(block, i64(offset)))
+    return builder.add(start, builder.mul(number, i64(fmt.block_bytes)))
 
 
 def _emit_block(builder: Any, block: _Block, sums: list[Any]) -> list[Any]:
     """Each token's 16 sums after one more block."""
+    for offset in range(0, block.fmt.header_bytes, LINE):
+        prefetch(builder, builder.add(block.later, i64(offset)))
     d = builder.bitcast(builder.and_(_load(builder, block.address, 0, VI), splat_bits(SCALE_BITS)), VF)
     after = []
     for scale, integers, total in zip(block.scales, _block_sums(builder, block), sums, strict=True):
@@ -180,6 +174,9 @@ def _group_sums(builder: Any, block: _Block, group: int) -> list[Any]:
     chains = [[splat(builder, _load(builder, at, 4 * group, I32), VI), splat_bits(0)] for at in block.starts]
     each = block.fmt.group // 4
     for number in range(group * each, (group + 1) * each):
+        if number * block.fmt.bits % 8 == 0:
+            line = block.fmt.header_bytes + LINE * number * block.fmt.bits // 8
+            prefetch(builder, builder.add(block.later, i64(line)))
         weights = unsigned_quad(builder, block.fmt, block.address, number)
         for q, sums in zip(block.qs, chains, strict=True):
             four = splat(builder, _load(builder, q, 4 * number, I32), VI)
@@ -323,22 +320,24 @@ def block_bytes(code):  # type: ignore[no-untyped-def]
 
 
 @inner
-def packed_pair(code, pair, tokens, records, scales, scale_stride, blocks, result):  # type: ignore[no-untyped-def]
-    """float32 [tokens, 32] at `result` for up to 4 tokens times a pair of tiles (make_packed_dot).
+def packed_tile(code, tiles, tokens, records, scales, scale_stride, blocks, result, stride):  # type: ignore[no-untyped-def]
+    """float32 [16] for each of up to 4 `tokens`, `stride` bytes apart from `result` on.
 
-    With 2 or 3 tokens there are 4 results, of which those beyond `tokens` mean nothing.
+    tiles: addresses of a tile and of the one that will be read after it. With 2 or 3 tokens, there are 4 results, of
+    which those beyond `tokens` mean nothing.
     """
+    tile, following = tiles
     if tokens == 1:
         one, its_scale = (records[0],), (scales[0],)
         if code == FAST_CODE:
-            _fast(pair, one, its_scale, scale_stride, blocks, result)
+            _fast(tile, following, one, its_scale, scale_stride, blocks, result, stride)
         elif code == ACCURATE_CODE:
-            _accurate(pair, one, its_scale, scale_stride, blocks, result)
+            _accurate(tile, following, one, its_scale, scale_stride, blocks, result, stride)
         else:
-            _q8(pair, one, its_scale, scale_stride, blocks, result)
+            _q8(tile, following, one, its_scale, scale_stride, blocks, result, stride)
     elif code == FAST_CODE:
-        _fast_many(pair, records, scales, scale_stride, blocks, result)
+        _fast_many(tile, following, records, scales, scale_stride, blocks, result, stride)
     elif code == ACCURATE_CODE:
-        _accurate_many(pair, records, scales, scale_stride, blocks, result)
+        _accurate_many(tile, following, records, scales, scale_stride, blocks, result, stride)
     else:
-        _q8_many(pair, records, scales, scale_stride, blocks, result)
+        _q8_many(tile, following, records, scales, scale_stride, blocks, result, stride)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from quant.kernels.activations import input_bytes, inputs_at, k_blocks, quantise
 from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner, shared
-from quant.kernels.packed_rows import Rows, multiply_rows, tile_address
+from quant.kernels.packed_rows import Rows, multiply_rows, pair_addresses
 from quant.kernels.packed_tiles import PAIR_ROWS, SCRATCH_BYTES, TOKENS
 from quant.kernels.team import Team, barrier, take
 from quant.kernels.tile_unit import use_tile_unit
@@ -16,7 +16,7 @@ PAIRS_EACH = 8  # shares of the pairs of tiles that each thread takes, so that a
 
 
 class Product(NamedTuple):
-    """Addresses and sizes of one call. x, out: float32 [tokens, k] and [tokens, n]. granted: whether tiles may be used."""
+    """Addresses and sizes of one call. x, out: float32 [tokens, k], [tokens, n]. granted: whether tiles may be used."""
 
     x: int
     data: int
@@ -82,21 +82,18 @@ def _multiply(product, inputs, team):  # type: ignore[no-untyped-def]
     results = product.scratch + scratch_bytes(product.tokens, product.k, team.part)
     first = take(team, 0, each)
     while first < pairs:
-        following = take(team, 0, each)
+        next_first = take(team, 0, each)
         for number in range(first, min(first + each, pairs)):
-            later = number + 1 if number + 1 < first + each else following
+            later = number + 1 if number + 1 < first + each else next_first
             tile, then = 2 * number, 2 * (later if later < pairs else number)
-            pair = (
-                tile_address(product.data, tile, blocks, product.code),
-                tile_address(product.data, min(tile + 1, tiles - 1), blocks, product.code),
-                tile_address(product.data, then, blocks, product.code),
-                tile_address(product.data, min(then + 1, tiles - 1), blocks, product.code),
-            )
+            here = pair_addresses(product.data, tile, tiles, blocks, product.code)
+            following = pair_addresses(product.data, then, tiles, blocks, product.code)
+            pair = (here[0], here[1], following[0], following[1])
             rows = Rows(0, product.tokens, 0, 1)
             scratch = results + padded_rows(product.tokens) * PAIR_ROWS * 4
             multiply_rows(inputs, rows, pair, product.granted, results, scratch)
             _store(product, tile, results)
-        first = following
+        first = next_first
 
 
 def _packed_linear(arguments, part, parts, sync):  # type: ignore[no-untyped-def]

@@ -22,7 +22,7 @@ from quant.kernels.activations import (
 from quant.kernels.atomics import add_word, arguments_of
 from quant.kernels.jit import Kernel, inner, shared
 from quant.kernels.packed_linear import padded_rows
-from quant.kernels.packed_rows import Rows, multiply_rows, tile_address
+from quant.kernels.packed_rows import Rows, multiply_rows, pair_addresses
 from quant.kernels.packed_tiles import PAIR_ROWS, SCRATCH_BYTES, TOKENS, uses_tiles
 from quant.kernels.routing import (
     PACKED_FIELDS,
@@ -41,7 +41,7 @@ from quant.packed import BLOCK_K, TILE_ROWS
 
 TABLE_COLUMNS = 3  # addresses of w1, w3, w2
 BLOCK_TILES = BLOCK_K // TILE_ROWS  # tiles of w1 and of w3 that give one block of hidden
-FEW_PAIRS = 64  # up to here a unit of step 2 is one tile of w1 and w3, beyond a block's 8 tiles
+FEW_PAIRS = 64  # up to here a unit of step 2 is two tiles of w1 and w3, beyond a block's 8
 MOST_COLUMN_TILES = 16  # of a unit in step 3
 COLUMN_UNITS = 24  # of them that each thread gets, if there are enough columns
 GATE_UP, DOWN = 0, 1  # counters of the team, two for each node
@@ -56,8 +56,8 @@ def lines(nbytes: int) -> int:
 
 @shared
 def part_bytes(tokens: int) -> int:
-    """Scratch of one thread: results of a pair of tiles, a block of hidden values, and what tiles need."""
-    return padded_rows(tokens) * (PAIR_ROWS + BLOCK_K) * 4 + SCRATCH_BYTES
+    """Scratch of one thread: results of two pairs of tiles, a block of hidden values, and what tiles need."""
+    return padded_rows(tokens) * (2 * PAIR_ROWS + BLOCK_K) * 4 + SCRATCH_BYTES
 
 
 @shared
@@ -182,16 +182,26 @@ def _gate_up_inputs(layer):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _gate_up_tile(layer, team, pair, rows, tile, place):  # type: ignore[no-untyped-def]
-    """hidden[:, 16 tile : 16 tile + 16] of one expert's pairs. place: address and bytes from row to row."""
-    results = _own(layer, team)
-    scratch = results + padded_rows(layer.tokens) * (PAIR_ROWS + BLOCK_K) * 4
-    multiply_rows(_gate_up_inputs(layer), rows, pair, layer.granted, results, scratch)
-    count = min(TILE_ROWS, layer.inter - tile * TILE_ROWS)
+def _tile_scratch(layer, team):  # type: ignore[no-untyped-def]
+    """What tiles need of a thread's own scratch."""
+    return _own(layer, team) + padded_rows(layer.tokens) * (2 * PAIR_ROWS + BLOCK_K) * 4
+
+
+@inner
+def _gate_up_pair(layer, team, pairs, rows, tile, place):  # type: ignore[no-untyped-def]
+    """hidden[:, 16 tile : 16 tile + 32] of one expert's pairs. pairs: of tiles of w1 and of w3, and what comes next.
+
+    place: address of the first row's values, and bytes from row to row.
+    """
+    gates, inputs, scratch = _own(layer, team), _gate_up_inputs(layer), _tile_scratch(layer, team)
+    ups = gates + padded_rows(layer.tokens) * PAIR_ROWS * 4
+    multiply_rows(inputs, rows, pairs[0], layer.granted, gates, scratch)
+    multiply_rows(inputs, rows, pairs[1], layer.granted, ups, scratch)
+    count = min(PAIR_ROWS, layer.inter - tile * TILE_ROWS)
     for row in range(rows.count):
-        gates = floats(results + row * PAIR_ROWS * 4, (TILE_ROWS,))
-        silu_times(gates, floats(results + (row * PAIR_ROWS + TILE_ROWS) * 4, (TILE_ROWS,)))
-        floats(place[0] + row * place[1], (count,))[:] = gates[:count]
+        values = floats(gates + row * PAIR_ROWS * 4, (PAIR_ROWS,))
+        silu_times(values, floats(ups + row * PAIR_ROWS * 4, (PAIR_ROWS,)))
+        floats(place[0] + row * place[1], (count,))[:] = values[:count]
 
 
 @inner
@@ -202,11 +212,11 @@ def _quantise_hidden(layer, rows, block, place):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _count_tile(layer, rows, block, tiles):  # type: ignore[no-untyped-def]
-    """Whether this was the last of the `tiles` tiles of an expert's block of hidden."""
-    pairs, blocks = few(layer.tokens, layer.top_k), k_blocks(layer.inter)
-    counts = _kept(layer) + pairs * blocks * BLOCK_K * 4
-    return add_word(counts + (rows.first * blocks + block) * 4, 1) == tiles - 1
+def _count_pair(layer, rows, block, pairs):  # type: ignore[no-untyped-def]
+    """Whether this was the last of the `pairs` pairs of tiles of an expert's block of hidden."""
+    few_pairs, blocks = few(layer.tokens, layer.top_k), k_blocks(layer.inter)
+    counts = _kept(layer) + few_pairs * blocks * BLOCK_K * 4
+    return add_word(counts + (rows.first * blocks + block) * 4, 1) == pairs - 1
 
 
 @inner
@@ -215,21 +225,16 @@ def _hidden_place(layer, team, rows, block):  # type: ignore[no-untyped-def]
     if _is_few(layer):
         stride = k_blocks(layer.inter) * BLOCK_K * 4
         return _kept(layer) + rows.first * stride + block * BLOCK_K * 4, stride
-    return _own(layer, team) + padded_rows(layer.tokens) * PAIR_ROWS * 4, BLOCK_K * 4
-
-
-@inner
-def _unit_tiles(layer, node):  # type: ignore[no-untyped-def]
-    """The tiles of w1 and w3 that a node has, first and end, and how many a unit of step 2 takes."""
-    tiles = (layer.inter + TILE_ROWS - 1) // TILE_ROWS
-    first, end = share(k_blocks(layer.inter), node, layer.nodes)
-    return first * BLOCK_TILES, min(end * BLOCK_TILES, tiles), 1 if _is_few(layer) else BLOCK_TILES
+    return _own(layer, team) + padded_rows(layer.tokens) * 2 * PAIR_ROWS * 4, BLOCK_K * 4
 
 
 @inner
 def _unit(layer, node, number):  # type: ignore[no-untyped-def]
-    """Unit `number` of step 2 on a node: expert, first tile, end; expert -1 beyond the last."""
-    first, end, each = _unit_tiles(layer, node)
+    """Unit `number` of step 2 on a node: expert, first tile of w1 and w3, end; expert -1 beyond the last."""
+    tiles = (layer.inter + TILE_ROWS - 1) // TILE_ROWS
+    first_block, end_block = share(k_blocks(layer.inter), node, layer.nodes)
+    first, end = first_block * BLOCK_TILES, min(end_block * BLOCK_TILES, tiles)
+    each = 2 if _is_few(layer) else BLOCK_TILES
     units = (end - first + each - 1) // each
     count, experts = active_experts(layer)
     if units == 0 or number >= count * units:
@@ -239,17 +244,14 @@ def _unit(layer, node, number):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _gate_up_pair(layer, node, unit, then):  # type: ignore[no-untyped-def]
-    """Addresses of a tile of w1 and of w3, and of those that come next. unit, then: expert and tile."""
+def _gate_up_pairs(layer, node, unit, then):  # type: ignore[no-untyped-def]
+    """Two tiles of w1 and what is read after them, and the same of w3. unit, then: expert, first tile, end."""
     table = integers(layer.table, (layer.nodes * layer.experts, TABLE_COLUMNS))
-    blocks = k_blocks(layer.dim)
     row, later = node * layer.experts + unit[0], node * layer.experts + then[0]
-    return (
-        tile_address(table[row, 0], unit[1], blocks, layer.code),
-        tile_address(table[row, 1], unit[1], blocks, layer.code),
-        tile_address(table[later, 0], then[1], blocks, layer.code),
-        tile_address(table[later, 1], then[1], blocks, layer.code),
-    )
+    gate = pair_addresses(table[row, 0], unit[1], unit[2], k_blocks(layer.dim), layer.code)
+    up = pair_addresses(table[row, 1], unit[1], unit[2], k_blocks(layer.dim), layer.code)
+    following = pair_addresses(table[later, 0], then[1], then[2], k_blocks(layer.dim), layer.code)
+    return (gate[0], gate[1], up[0], up[1]), (up[0], up[1], following[0], following[1])
 
 
 @inner
@@ -260,16 +262,14 @@ def _gate_up_unit(layer, team, node, unit, following):  # type: ignore[no-untype
     rows = _gate_up_rows(layer, starts[expert], starts[expert + 1])
     block = first // BLOCK_TILES
     place = _hidden_place(layer, team, rows, block)
-    for tile in range(first, end):
-        then = (expert, tile + 1) if tile + 1 < end or following[0] < 0 else (following[0], following[1])
-        if tile + 1 >= end and following[0] < 0:
-            then = (expert, tile)
-        pair = _gate_up_pair(layer, node, (expert, tile), then)
+    for tile in range(first, end, 2):
+        then = (expert, tile + 2, end) if tile + 2 < end else following
+        pairs = _gate_up_pairs(layer, node, (expert, tile, end), then if then[0] >= 0 else unit)
         column = (tile - block * BLOCK_TILES) * TILE_ROWS * 4
-        _gate_up_tile(layer, team, pair, rows, tile, (place[0] + column, place[1]))
+        _gate_up_pair(layer, team, pairs, rows, tile, (place[0] + column, place[1]))
     if _is_few(layer):
         tiles = min(BLOCK_TILES, (layer.inter + TILE_ROWS - 1) // TILE_ROWS - block * BLOCK_TILES)
-        if not _count_tile(layer, rows, block, tiles):
+        if not _count_pair(layer, rows, block, (tiles + 1) // 2):
             return
     _quantise_hidden(layer, rows, block, place)
 
@@ -315,21 +315,16 @@ def _column_unit(layer, team, node, number):  # type: ignore[no-untyped-def]
 def _down_pair(layer, node, unit, then):  # type: ignore[no-untyped-def]
     """Addresses of two tiles of w2, and of those that come next. unit, then: expert, first tile, end."""
     table = integers(layer.table, (layer.nodes * layer.experts, TABLE_COLUMNS))
-    blocks = k_blocks(layer.inter)
     here, later = table[node * layer.experts + unit[0], 2], table[node * layer.experts + then[0], 2]
-    return (
-        tile_address(here, unit[1], blocks, layer.code),
-        tile_address(here, min(unit[1] + 1, unit[2] - 1), blocks, layer.code),
-        tile_address(later, then[1], blocks, layer.code),
-        tile_address(later, min(then[1] + 1, then[2] - 1), blocks, layer.code),
-    )
+    pair = pair_addresses(here, unit[1], unit[2], k_blocks(layer.inter), layer.code)
+    following = pair_addresses(later, then[1], then[2], k_blocks(layer.inter), layer.code)
+    return pair[0], pair[1], following[0], following[1]
 
 
 @inner
 def _down_expert(layer, team, node, expert, unit, then):  # type: ignore[no-untyped-def]
     """One expert's part of a unit of columns. then: expert, first tile and end of what is read after it."""
-    results = _own(layer, team)
-    scratch = results + padded_rows(layer.tokens) * (PAIR_ROWS + BLOCK_K) * 4
+    results, scratch = _own(layer, team), _tile_scratch(layer, team)
     starts, _ = sorted_pairs(layer)
     start, count = starts[expert], starts[expert + 1] - starts[expert]
     for tile in range(unit[0], unit[1], 2):

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from quant.kernels.activations import k_blocks, record_of, scale_of
 from quant.kernels.jit import inner
-from quant.kernels.packed_dot import block_bytes, packed_pair
+from quant.kernels.packed_dot import block_bytes, packed_tile
 from quant.kernels.packed_tiles import HAS_TILES, PAIR_ROWS, multiply_pair, uses_tiles
 from quant.kernels.tiles import integers
 from quant.kernels.vector import TOKEN_TILE
+from quant.packed import TILE_ROWS
 
 
 class Rows(NamedTuple):
@@ -26,9 +27,10 @@ class Rows(NamedTuple):
 
 
 @inner
-def tile_address(matrix, tile, blocks, code):  # type: ignore[no-untyped-def]
-    """Where a tile of 16 rows of a packed matrix begins."""
-    return matrix + tile * blocks * block_bytes(code)
+def pair_addresses(matrix, tile, end, blocks, code):  # type: ignore[no-untyped-def]
+    """Where tiles `tile` and the next one of a packed matrix begin; the same one twice if the next one is `end`."""
+    size = blocks * block_bytes(code)
+    return matrix + tile * size, matrix + min(tile + 1, end - 1) * size
 
 
 @inner
@@ -61,9 +63,11 @@ def _dot_pair(inputs, rows, pair, out):  # type: ignore[no-untyped-def]
             scale_of(inputs, numbers[2]),
             scale_of(inputs, numbers[3]),
         )
-        is_last = first + count == rows.count
-        addresses = (pair[0], pair[1], pair[2] if is_last else pair[0], pair[3] if is_last else pair[1])
-        packed_pair(inputs.code, addresses, count, records, scales, stride, blocks, out + first * PAIR_ROWS * 4)
+        target, is_last = out + first * PAIR_ROWS * 4, first + count == rows.count
+        ways = ((pair[0], pair[1]), (pair[1], pair[2] if is_last else pair[0]))
+        for half in range(2):
+            result = target + half * TILE_ROWS * 4
+            packed_tile(inputs.code, ways[half], count, records, scales, stride, blocks, result, PAIR_ROWS * 4)
 
 
 @inner
