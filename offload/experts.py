@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from offload.backend import Backend
+from offload.node_experts import NodeExperts
 from quant.config import ModelConfig
 from quant.formats import QuantTensor
 from quant.ops import check_weight, moe_scratch_sizes
@@ -73,13 +74,13 @@ class ExpertBuffers:
 
 
 class CpuExperts:
-    """The routed experts of one layer; their weights stay where they are (usually in mapped files)."""
+    """The routed experts of one layer; their weights stay where they are: in mapped files, or copied into nodes."""
 
     def __init__(
-        self, weights: Sequence[ExpertWeights] | PackedExperts, backend: Backend, buffers: ExpertBuffers
+        self, weights: Sequence[ExpertWeights] | PackedExperts | NodeExperts, backend: Backend, buffers: ExpertBuffers
     ) -> None:
         # kept because the table below holds only addresses
-        self.weights = weights if isinstance(weights, PackedExperts) else tuple(weights)
+        self.weights = weights if isinstance(weights, PackedExperts | NodeExperts) else tuple(weights)
         self.backend, self.buffers = backend, buffers
         dim = buffers.x.shape[1]
         self.stored: torch.dtype | str
@@ -87,6 +88,10 @@ class CpuExperts:
             self.kernel = torch.ops.dsr1.packed_moe_experts.default
             self.inter_dim, self.stored = _check_records(self.weights, dim)
             self.table = _record_table(self.weights)
+        elif isinstance(self.weights, NodeExperts):
+            self.kernel = torch.ops.dsr1.packed_moe_experts.default
+            self.inter_dim, self.stored = _check_nodes(self.weights, dim)
+            self.table = self.weights.table()
         else:
             self.kernel = torch.ops.dsr1.moe_experts.default
             self.inter_dim, self.stored = _check_experts(self.weights, dim)
@@ -174,6 +179,15 @@ def _check_records(experts: PackedExperts, dim: int) -> tuple[int, str]:
             f"with {dim} columns, which take {record.nbytes} bytes each"
         )
     return record.inter_dim, record.format.name
+
+
+def _check_nodes(experts: NodeExperts, dim: int) -> tuple[int, str]:
+    """(inter_dim, name of the format) of a layer's experts in the memory of nodes."""
+    if experts.record.dim != dim:
+        raise ValueError(f"experts with {experts.record.dim} columns are not those of a layer with {dim}")
+    if len(experts.parts) > 1:
+        raise ValueError(f"no kernel runs experts whose rows are split over {len(experts.parts)} nodes")
+    return experts.record.inter_dim, experts.record.format.name
 
 
 def _record_table(experts: PackedExperts) -> Tensor:
