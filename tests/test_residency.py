@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from offload import memory
 from offload.backend import CpuBackend
 from offload.benchmark.limits import expert_ranges, range_bytes
-from offload.experts import CpuExperts, ExpertBuffers, PackedExperts
+from offload.experts import CpuExperts, ExpertBuffers
 from offload.memory import HUGE_PAGE, OnceRead, bind, check_lockable, huge_memory, lock, run_near
 from offload.node_experts import GROUP_TILES, NOT_BOUND, NodeExperts, copy_records, split_records
-from offload.topology import Node, Topology, read_topology
+from offload.topology import Topology, read_topology
 from quant.errors import DeviceError, StoreError
 from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat, tiles
 from quant.safetensors_file import FileSpan
