@@ -117,14 +117,17 @@ def plan(
 
 @app.command()
 def doctor(
-    measure: Annotated[bool, typer.Option("--measure", help="Measure how fast RAM is read, too.")] = False,
+    model: Annotated[
+        str | None, typer.Argument(help="Model whose disk is measured. Default: one in the caches.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure how fast RAM and the disk are read.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Say what this machine has, what that means for dsr1, and what to change."""
     from cli.doctor import doctor as examine
 
-    if not examine(json, measure):
+    if not examine(json, measure, model):
         raise typer.Exit(EXIT_ERROR)
 
 
