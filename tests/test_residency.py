@@ -26,6 +26,7 @@ from quant.errors import DeviceError, StoreError
 from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat, tiles
 from quant.safetensors_file import FileSpan
 from tests.test_experts import CAPACITY, CONFIG, DIM, EXPERTS, make_records, route
+from tools.residency import Setup, measure
 
 ONE = Topology((read_topology().nodes[0],))
 TWO = Topology(ONE.nodes * 2)  # one node that pretends to be two
@@ -302,3 +303,11 @@ def test_a_lock_that_the_system_refuses_is_told() -> None:
 
     with pytest.raises(DeviceError, match="5 bytes of routed experts cannot be locked"):
         lock(Nowhere())  # type: ignore[arg-type]
+
+
+def test_the_measurement_tells_of_every_residency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = ExpertRecord(PACKED_FORMATS["fast"], DIM, CONFIG.moe_inter_dim)
+    measure(Setup(CONFIG, record, EXPERTS), tmp_path, rounds=8)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:6] for line in lines] == ["mapped", "mapped", "locked", "copied", "copied", *["mapped"] * 3, "copied"]
+    assert all(re.search(r"\d GB/s", line) for line in lines)
