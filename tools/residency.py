@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ from quant.packed import ExpertRecord
 from quant.safetensors_file import FileSpan
 
 PAGE = mmap.PAGESIZE
+READ_BYTES = 1 << 20
+LOADS = 3
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,14 @@ def cache_in_small_pages(path: Path) -> None:
             pass
 
 
+def read_whole(path: Path) -> None:
+    """Bring a file into the page cache as programs usually do."""
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(READ_BYTES))
+        while file.readinto(buffer):
+            pass
+
+
 def mapped(setup: Setup, path: Path, huge: bool = False) -> PackedExperts:
     """The experts in a mapped file."""
     with path.open("rb") as file:
@@ -101,7 +112,7 @@ def locked(setup: Setup, path: Path) -> PackedExperts:
 
 
 def load_times(setup: Setup, span: FileSpan) -> None:
-    """Print how long each way of loading takes, from the disk and from the page cache."""
+    """Print how long each way of loading takes, from the disk and from the page cache: medians."""
     topology = read_topology()
     ways: dict[str, Callable[[], object]] = {
         "mapped, all pages touched": lambda: touch(mapped(setup, span.path)),
@@ -110,10 +121,13 @@ def load_times(setup: Setup, span: FileSpan) -> None:
         "copied": lambda: copy_records(span, setup.record, topology, []),
     }
     for name, way in ways.items():
-        drop(span.path)
-        cold = seconds_of(way)
-        span.path.read_bytes()
-        warm = seconds_of(way)
+        colds, warms = [], []
+        for _ in range(LOADS):
+            drop(span.path)
+            colds.append(seconds_of(way))
+            read_whole(span.path)
+            warms.append(seconds_of(way))
+        cold, warm = median(colds), median(warms)
         speeds = f"{span.nbytes / cold / 1e9:.2f} and {span.nbytes / warm / 1e9:.2f} GB/s"
         print(f"{name:28} {cold:6.2f} s from disk, {warm:6.2f} s from the page cache: {speeds}", flush=True)
 
