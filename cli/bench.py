@@ -23,10 +23,10 @@ from offload.benchmark.report import Point, Report, Wanted, measure_shape, plura
 from offload.experts import CpuExperts
 from offload.hardware import usable_ram
 from offload.sizes import format_size
+from quant import isa
 from quant.config import ModelConfig, load_config
 from quant.errors import UsageError
 from quant.kernels import thread_count
-from quant.kernels.bandwidth import instruction_set
 from quant.packed import PACKED_FORMATS, PackedFormat
 from quant.shapes import known_shape
 
@@ -130,7 +130,7 @@ def show_report(report: Report, console: Console) -> None:
     """The report as a table, and the limits that its shares are of."""
     title = f"{report.shape}, {report.format}: {report.layers} x {report.experts} experts"
     console.print(
-        f"{title}, {format_size(report.weight_bytes)}; {plural(report.threads, 'thread')}, {instruction_set()}",
+        f"{title}, {format_size(report.weight_bytes)}; {plural(report.threads, 'thread')}, {isa.current()}",
         soft_wrap=True,
     )
     console.print(
@@ -215,7 +215,7 @@ def measure_engine(name: str, engine: Engine) -> EngineFigures:
     return EngineFigures(
         model=name,
         device=engine.plan.device,
-        isa=instruction_set(),
+        isa=isa.current(),
         threads=thread_count(),
         prefill_tokens=longest,
         prefill_tok_s=longest / prefill.seconds,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.escape import say
-from cli.options import RunOptions, takes_run_options
+from cli.options import IsaOption, RunOptions, takes_run_options
 from quant.errors import Dsr1Error, UsageError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -148,6 +148,7 @@ def bench(
         str | None, typer.Option(metavar="NAME", help="A model's experts in RAM: mapped, locked or copied.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a roofline; needs matplotlib.")] = None,
+    isa: IsaOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -166,6 +167,7 @@ def evaluate(
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens that the cache holds.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16 or float32.")] = "bfloat16",
+    isa: IsaOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

@@ -17,6 +17,7 @@ from offload.checks.processor import amx, cores, instruction_sets, processor
 from offload.checks.software import operating_system, packages, python
 from offload.hardware import allowed_cores, cpu_quota, gpus, lockable, memory_limit, usable_ram
 from offload.topology import read_topology
+from quant import isa
 from quant.user_cache import user_cache
 
 ROOT = Path("/")
@@ -44,10 +45,18 @@ def _processor(root: Path) -> list[Check | None]:
     return [
         processor(root),
         cores(allowed_cores(), os.cpu_count() or 1, quota),
-        instruction_sets(root, os.environ.get("NUMBA_CPU_NAME")),
+        _instruction_sets(),
         amx(root),
         numa(read_topology(root)),
     ]
+
+
+def _instruction_sets() -> Check | None:
+    try:
+        names = isa.available()
+    except (ImportError, OSError):  # llvmlite is missing or broken, of which the check of the packages tells
+        return None
+    return instruction_sets(names, os.environ.get("NUMBA_CPU_NAME"))
 
 
 def _memory(root: Path) -> list[Check | None]:

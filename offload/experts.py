@@ -82,6 +82,7 @@ class CpuExperts:
         # kept because the table below holds only addresses
         self.weights = weights if isinstance(weights, PackedExperts | NodeExperts) else tuple(weights)
         self.backend, self.buffers = backend, buffers
+        self.nodes = len(weights.parts) if isinstance(weights, NodeExperts) else 1
         dim = buffers.x.shape[1]
         self.stored: torch.dtype | str
         if isinstance(self.weights, PackedExperts):
@@ -119,7 +120,7 @@ class CpuExperts:
 
     def _launch(self, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
         buffers = self.buffers
-        args = (*inputs, self.table, self.inter_dim, self.stored, buffers.order, buffers.scratch, out)
+        args = (*inputs, self.table, self.inter_dim, self.stored, self.nodes, buffers.order, buffers.scratch, out)
         self.backend.launch(buffers.stream, self.kernel, *args)
 
     def sync(self, pending: Pending) -> Tensor:
@@ -185,8 +186,6 @@ def _check_nodes(experts: NodeExperts, dim: int) -> tuple[int, str]:
     """(inter_dim, name of the format) of a layer's experts in the memory of nodes."""
     if experts.record.dim != dim:
         raise ValueError(f"experts with {experts.record.dim} columns are not those of a layer with {dim}")
-    if len(experts.parts) > 1:
-        raise ValueError(f"no kernel runs experts whose rows are split over {len(experts.parts)} nodes")
     return experts.record.inter_dim, experts.record.format.name
 
 

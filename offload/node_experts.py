@@ -4,8 +4,9 @@
     copy in node 0                          w1 ....           w3 ....           w2 ....
     copy in node 1                              .... etc.
 
-A node's workers read only their node's rows. Hidden groups of 32 rows are the unit of w1 and w3, tiles of 16 rows that
-of w2: node n of N has groups G n // N to G (n + 1) // N. With one node, its copy is the record without its padding.
+A node's workers read only their node's rows. Blocks of 128 rows are the unit of w1 and w3, because their 128 hidden
+values are quantised together; tiles of 16 rows are that of w2. Node n of N has units U n // N to U (n + 1) // N. With
+one node, its copy is the record without its padding.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from offload.memory import OnceRead, bind, huge_memory, run_near
 from offload.topology import Topology
-from quant.packed import TENSOR_ALIGNMENT, ExpertRecord, tiles
+from quant.packed import BLOCK_K, TENSOR_ALIGNMENT, TILE_ROWS, ExpertRecord, blocks_per_row, tiles
 from quant.safetensors_file import FileSpan
 
-GROUP_TILES = 2  # tiles of w1, and of w3, that give one group of 32 hidden values
+BLOCK_TILES = BLOCK_K // TILE_ROWS  # tiles of w1, and of w3, that give one block of hidden values
 NOT_BOUND = (
     "the system does not let memory be bound to NUMA nodes (a container needs CAP_SYS_NICE for that), so experts lie "
     "where they were read, as long as each node has room"
@@ -58,8 +59,8 @@ def split_records(record: ExpertRecord, nodes: int) -> tuple[NodeShare, ...]:
 
 def _share(record: ExpertRecord, node: int, nodes: int) -> NodeShare:
     up, down = (record.inter_dim, record.dim), (record.dim, record.inter_dim)
-    groups = ceil(tiles(up) / GROUP_TILES)
-    up_bounds = [min(tiles(up), groups * number // nodes * GROUP_TILES) for number in (node, node + 1)]
+    blocks = blocks_per_row(down)
+    up_bounds = [min(tiles(up), blocks * number // nodes * BLOCK_TILES) for number in (node, node + 1)]
     down_bounds = [tiles(down) * number // nodes for number in (node, node + 1)]
     pieces: list[Piece] = []
     place = 0

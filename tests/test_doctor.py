@@ -72,35 +72,18 @@ def test_cores_under_a_quota(quota: float | None, verdict: str, remedy: str) -> 
     assert check.verdict == verdict and remedy in check.remedy and check.value.startswith("8 of 16")
 
 
-@pytest.mark.parametrize(
-    ("flags", "path"),
-    [
-        (VNNI, "AVX-512 VNNI"),
-        ("avx2 avx_vnni", "AVX-VNNI"),
-        ("avx2 avx512f avx512bw", "AVX-512"),
-        ("avx avx2 fma", "AVX2"),
-    ],
-)
-def test_the_kernels_path(tmp_path: Path, flags: str, path: str) -> None:
-    check = found(instruction_sets(cpuinfo(tmp_path, flags), None))
-    assert check.verdict == "ok" and check.value.endswith(f"kernels use {path}")
+def test_the_instruction_set_that_kernels_use() -> None:
+    best = found(instruction_sets(("amx", "avx2", "portable"), None))
+    assert best.value == "kernels use amx; --isa can choose avx2, portable"
+    overridden = found(instruction_sets(("avx2", "portable"), "haswell"))
+    assert overridden.verdict == "attention" and "NUMBA_CPU_NAME is haswell" in overridden.value
 
 
-def test_processors_that_kernels_do_not_use_fully(tmp_path: Path) -> None:
-    assert found(instruction_sets(cpuinfo(tmp_path, "sse2 avx"), None)).verdict == "attention"
-    overridden = found(instruction_sets(cpuinfo(tmp_path, VNNI), "generic"))
-    assert overridden.verdict == "attention" and "NUMBA_CPU_NAME is generic" in overridden.value
-    assert instruction_sets(tmp_path / "nothing", None) is None
-
-
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs /proc/cpuinfo of x86")
-def test_the_kernels_path_is_the_one_that_they_take() -> None:
-    from quant.kernels.packed_dot import x86_has
-
-    features = {"AVX-512 VNNI": "avx512vnni", "AVX-VNNI": "avxvnni", "AVX-512": "avx512bw", "AVX2": "avx2"}
-    taken = next((name for name, feature in features.items() if x86_has(feature)), None)
-    if taken is not None:
-        assert found(instruction_sets(Path("/"), None)).value.endswith(f"kernels use {taken}")
+def test_a_processor_without_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.checks.processor.X86", True)
+    assert found(instruction_sets(("portable",), None)).verdict == "attention"
+    monkeypatch.setattr("offload.checks.processor.X86", False)
+    assert found(instruction_sets(("portable",), None)) == Check("instruction sets", "kernels use portable")
 
 
 def test_amx_needs_the_processor_and_the_system(tmp_path: Path) -> None:
@@ -343,7 +326,7 @@ def test_a_machine_that_tells_nothing_is_examined_all_the_same(tmp_path: Path) -
     names = [found(check).name for check in examine(tmp_path)]
     assert len(set(names)) == len(names)
     assert {"RAM", "GPU", "packages", "kernel cache"} <= set(names)
-    assert not {"AMX", "NUMA nodes", "huge pages", "swap", "overcommit", "instruction sets"} & set(names)
+    assert not {"AMX", "NUMA nodes", "huge pages", "swap", "overcommit"} & set(names)
 
 
 def test_the_command_prints_all_checks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +352,7 @@ def test_this_machine_without_torch_and_numba() -> None:
         "import json, sys\n"
         "from cli.doctor import doctor\n"
         "doctor(as_json=True)\n"
-        "heavy = {'torch', 'numba', 'llvmlite', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numba', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)

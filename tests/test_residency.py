@@ -20,7 +20,7 @@ from offload.backend import CpuBackend
 from offload.benchmark.limits import expert_ranges, range_bytes
 from offload.experts import CpuExperts, ExpertBuffers
 from offload.memory import HUGE_PAGE, OnceRead, bind, check_lockable, huge_memory, lock, run_near
-from offload.node_experts import GROUP_TILES, NOT_BOUND, NodeExperts, copy_records, split_records
+from offload.node_experts import NOT_BOUND, NodeExperts, copy_records, split_records
 from offload.topology import Topology, read_topology
 from quant.errors import DeviceError, StoreError
 from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat, tiles
@@ -65,22 +65,16 @@ def test_every_byte_of_an_expert_is_in_one_nodes_share(record: ExpertRecord, nod
 
 @settings(max_examples=60, deadline=None)
 @given(record=records, nodes=st.integers(1, 9))
-def test_shares_are_whole_hidden_groups_and_tiles_of_the_output(record: ExpertRecord, nodes: int) -> None:
+def test_shares_are_whole_blocks_of_hidden_values_and_tiles_of_the_output(record: ExpertRecord, nodes: int) -> None:
     (_, up), _, (_, down) = places(record)
-    groups = -(-record.inter_dim // 32)
+    blocks = -(-record.inter_dim // 128)
     for n, share in enumerate(split_records(record, nodes)):
         w1, w3, w2 = share.pieces
-        rows = [min(16 * tiles(up), 32 * (groups * number // nodes)) for number in (n, n + 1)]
+        rows = [min(16 * tiles(up), 128 * (blocks * number // nodes)) for number in (n, n + 1)]
         assert [w1.skipped, w1.skipped + w1.nbytes] == [row // 16 * record.format.tile_bytes(up) for row in rows]
         assert (w3.skipped, w3.nbytes) == (w1.skipped, w1.nbytes)
         columns = [tiles(down) * number // nodes for number in (n, n + 1)]
         assert [w2.skipped, w2.skipped + w2.nbytes] == [tile * record.format.tile_bytes(down) for tile in columns]
-
-
-def test_hidden_groups_are_those_of_the_kernel() -> None:
-    from quant.kernels import packed_moe
-
-    assert packed_moe.GROUP_TILES == GROUP_TILES
 
 
 def write_records(folder: Path, experts: torch.Tensor, before: int = 4096) -> FileSpan:
@@ -122,10 +116,12 @@ def test_biased_addresses_lead_to_the_bytes_of_every_tile(
 
 @pytest.mark.parametrize("fmt", PACKED_FORMATS.values(), ids=PACKED_FORMATS)
 @pytest.mark.parametrize("tokens", [1, CAPACITY])
-def test_copied_experts_compute_the_same_bits(fmt: PackedFormat, tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_copied_experts_compute_the_same_bits(fmt: PackedFormat, tokens: int, nodes: int, tmp_path: Path) -> None:
     packed, backend = make_records(fmt), CpuBackend()
     buffers = ExpertBuffers(CONFIG, backend, CAPACITY)
-    copied = copy_records(write_records(tmp_path, packed.records), packed.record, ONE, [])
+    topology = Topology(ONE.nodes * nodes)
+    copied = copy_records(write_records(tmp_path, packed.records), packed.record, topology, [])
     x, (ids, weights) = torch.randn(tokens, DIM).bfloat16(), route(tokens)
     here, there = (CpuExperts(experts, backend, buffers) for experts in (packed, copied))
     expected = here.sync(here.submit(x, ids, weights))

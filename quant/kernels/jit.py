@@ -10,12 +10,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numba
-import torch
 from llvmlite import binding
 from numba.extending import register_jitable
 
@@ -26,8 +25,11 @@ inner: Callable[[Callable[..., Any]], Any] = numba.njit(nogil=True, error_model=
 shared: Callable[[Callable[..., Any]], Any] = register_jitable
 
 
-class Kernel:
-    """A function of addresses and numbers, compiled for `signature` at its first call."""
+KERNEL_SIGNATURE = "int64(int64, int64, int64, int64)"
+
+
+class Compiled:
+    """A function of int64 values, compiled for `signature` at its first call."""
 
     def __init__(self, function: Callable[..., Any], signature: str):
         self._function, self._signature = function, signature
@@ -38,33 +40,55 @@ class Kernel:
         compiled = self._compiled
         return compiled(*args) if compiled is not None else self.compile()(*args)
 
-    def compile(self) -> Callable[..., Any]:
+    def compile(self) -> Any:
         """The machine code, from the cache if it is there. (Dispatcher of Numba.)"""
         with self._lock:
             if self._compiled is None:
-                self._compiled = self._load()
+                dispatcher = numba.njit(nogil=True, error_model="numpy")(self._function)
+                _with_cache(dispatcher.enable_caching)
+                dispatcher.compile(self._signature)
+                self._compiled = dispatcher
             return self._compiled
 
-    def _load(self) -> Callable[..., Any]:
-        dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=True)(self._function)
-        _enable_cache(dispatcher)
-        torch_threads = torch.get_num_threads()
-        dispatcher.compile(self._signature)
-        if torch.get_num_threads() != torch_threads:  # starting Numba's OpenMP threads sets torch's number too
-            torch.set_num_threads(torch_threads)
-        return dispatcher
+
+def compiled_once(signature: str) -> Callable[[Callable[..., Any]], Compiled]:
+    """Decorator: Compiled."""
+    return lambda function: Compiled(function, signature)
 
 
-def _enable_cache(dispatcher: Any) -> None:
+class Kernel:
+    """A function (arguments, part, parts, sync) that threads run together (team.py), compiled when first needed."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self._lock = threading.Lock()
+        self._compiled: Any = None
+
+    @property
+    def address(self) -> int:
+        """Of the machine code."""
+        return int((self._compiled or self.compile()).address)
+
+    def compile(self) -> Any:
+        """The machine code, from the cache if it is there. (CFunc of Numba.)"""
+        with self._lock:
+            if self._compiled is None:
+                make = partial(numba.cfunc, KERNEL_SIGNATURE, error_model="numpy")
+                self._compiled = _with_cache(lambda: make(cache=True)(self._function)) or make()(self._function)
+            return self._compiled
+
+
+def _with_cache(work: Callable[[], Any]) -> Any:
+    """work() with Numba's cache in our folder; None where nothing can be kept on disk."""
     folder = cache_folder()
     if folder is None:
-        return
+        return None
     config: Any = numba.config
     before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
     try:
-        dispatcher.enable_caching()
+        return work()
     except (OSError, RuntimeError):
-        pass  # nowhere to write: compiled in memory for this process
+        return None  # nowhere to write: compiled in memory for this process
     finally:
         config.CACHE_DIR = before
 
@@ -91,7 +115,7 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
-    for name in ("formats.py", "packed.py", "encode_reference.py"):
+    for name in ("formats.py", "packed.py", "encode_reference.py", "isa.py"):
         digest.update((Path(__file__).parent.parent / name).read_bytes())
     config: Any = numba.config
     asked, features = f"{config.CPU_NAME} {config.CPU_FEATURES}", binding.get_host_cpu_features().flatten()
