@@ -54,18 +54,22 @@ def bench(
     threads: int | None = None,
     as_json: bool = False,
     plot: Path | None = None,
+    residency: str | None = None,
 ) -> None:
     """Measure `model` (None: the built-in one), or layers of `shape`; print a table or one JSON object.
 
-    fmt, decode and prefill (numbers of tokens, as in "1,2,4"; "" for none) and plot are for a shape. Raises UsageError.
+    fmt, decode and prefill (numbers of tokens, as in "1,2,4"; "" for none) and plot are for a shape, residency (of
+    its experts) is for a model. Raises UsageError.
     """
     if shape is None:
         if any(option is not None for option in (fmt, decode, prefill, plot)):
             raise UsageError(
                 "--format, --decode, --prefill and --plot are for layers of a shape; give --shape, as in r1"
             )
-        bench_engine(model, threads, as_json)
+        bench_engine(RunOptions(model=model or DEFAULT_MODEL, threads=threads, residency=residency), as_json)
         return
+    if residency is not None:
+        raise UsageError("--residency is for a model; layers of a shape are made in memory, so leave it out")
     if model is not None:
         raise UsageError(f"either a model or a shape can be measured at a time; leave out {model} or --shape {shape}")
     packed = find_format(DEFAULT_FORMAT if fmt is None else fmt)
@@ -185,11 +189,10 @@ class EngineFigures:
     share: float
 
 
-def bench_engine(model: str | None, threads: int | None, as_json: bool) -> None:
+def bench_engine(options: RunOptions, as_json: bool) -> None:
     """Load a model, measure it and print the figures."""
-    name = model or DEFAULT_MODEL
-    engine = load_engine(RunOptions(model=name, threads=threads))
-    figures = measure_engine(name, engine)
+    engine = load_engine(options)
+    figures = measure_engine(options.model, engine)
     if as_json:
         print(json.dumps(asdict(figures)))
     else:

@@ -45,7 +45,8 @@ def load(model: str, context: int | None, threads: int | None, dtype: str) -> En
     """The engine of one model; what the user should know about it goes to standard error."""
     if not kernels_cached():
         say("compiling kernels for this processor; this is done once and takes some seconds")
-    engine = Engine.load(model, context=context, threads=threads, dtype=dtype)
+    # mapped: two models at a time need not be in RAM as a whole
+    engine = Engine.load(model, context=context, threads=threads, dtype=dtype, residency="mapped")
     for note in engine.notes:
         say(f"{model}: {note}")
     return engine

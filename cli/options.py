@@ -60,6 +60,12 @@ class RunOptions:
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, or emulate: a GPU of --gpu-mem, counted.")] = (
         "auto"
     )
+    residency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Routed experts in RAM: mapped, locked or copied. Default: the plan's choice."
+        ),
+    ] = None
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None
     isa: IsaOption = None
     verify: Annotated[bool, typer.Option("--verify", help="Compare the store's checksums first.")] = False

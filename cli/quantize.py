@@ -51,15 +51,23 @@ def quantize(src: str, dst: str, recipe: str, jobs: int | None, as_json: bool) -
 
 @contextmanager
 def shown_progress() -> Iterator[Show]:
-    """A bar on a terminal; elsewhere a line for each file that is begun."""
+    """A bar on a terminal, once there is something to show; elsewhere a line for each file that is begun."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Lines().show
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True))
-    with ProgressBar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda step: bar.update(task, description=escape(step.file), completed=step.done, total=step.total)
+    bar = ProgressBar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+    task = bar.add_task("", total=None)
+
+    def show(step: Progress) -> None:
+        bar.start()
+        bar.update(task, description=escape(step.file), completed=step.done, total=step.total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 class Lines:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from offload.backend import Backend
+from offload.node_experts import NodeExperts
 from quant.config import ModelConfig
 from quant.formats import QuantTensor
 from quant.ops import check_weight, moe_scratch_sizes
@@ -73,20 +74,25 @@ class ExpertBuffers:
 
 
 class CpuExperts:
-    """The routed experts of one layer; their weights stay where they are (usually in mapped files)."""
+    """The routed experts of one layer; their weights stay where they are: in mapped files, or copied into nodes."""
 
     def __init__(
-        self, weights: Sequence[ExpertWeights] | PackedExperts, backend: Backend, buffers: ExpertBuffers
+        self, weights: Sequence[ExpertWeights] | PackedExperts | NodeExperts, backend: Backend, buffers: ExpertBuffers
     ) -> None:
         # kept because the table below holds only addresses
-        self.weights = weights if isinstance(weights, PackedExperts) else tuple(weights)
+        self.weights = weights if isinstance(weights, PackedExperts | NodeExperts) else tuple(weights)
         self.backend, self.buffers = backend, buffers
+        self.nodes = len(weights.parts) if isinstance(weights, NodeExperts) else 1
         dim = buffers.x.shape[1]
         self.stored: torch.dtype | str
         if isinstance(self.weights, PackedExperts):
             self.kernel = torch.ops.dsr1.packed_moe_experts.default
             self.inter_dim, self.stored = _check_records(self.weights, dim)
             self.table = _record_table(self.weights)
+        elif isinstance(self.weights, NodeExperts):
+            self.kernel = torch.ops.dsr1.packed_moe_experts.default
+            self.inter_dim, self.stored = _check_nodes(self.weights, dim)
+            self.table = self.weights.table()
         else:
             self.kernel = torch.ops.dsr1.moe_experts.default
             self.inter_dim, self.stored = _check_experts(self.weights, dim)
@@ -114,7 +120,7 @@ class CpuExperts:
 
     def _launch(self, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
         buffers = self.buffers
-        args = (*inputs, self.table, self.inter_dim, self.stored, 1, buffers.order, buffers.scratch, out)
+        args = (*inputs, self.table, self.inter_dim, self.stored, self.nodes, buffers.order, buffers.scratch, out)
         self.backend.launch(buffers.stream, self.kernel, *args)
 
     def sync(self, pending: Pending) -> Tensor:
@@ -174,6 +180,13 @@ def _check_records(experts: PackedExperts, dim: int) -> tuple[int, str]:
             f"with {dim} columns, which take {record.nbytes} bytes each"
         )
     return record.inter_dim, record.format.name
+
+
+def _check_nodes(experts: NodeExperts, dim: int) -> tuple[int, str]:
+    """(inter_dim, name of the format) of a layer's experts in the memory of nodes."""
+    if experts.record.dim != dim:
+        raise ValueError(f"experts with {experts.record.dim} columns are not those of a layer with {dim}")
+    return experts.record.inter_dim, experts.record.format.name
 
 
 def _record_table(experts: PackedExperts) -> Tensor:

@@ -1,24 +1,13 @@
 """Random experts that multiply like real ones: any codes, and scales that keep activations near 1."""
 
-import mmap
-from contextlib import suppress
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offload.memory import huge_memory
 from quant.packed import HIGHEST_INTEGER, INTEGER_STEP, LINE, LOWEST_INTEGER, TILE_ROWS, ExpertRecord, PackedFormat
 from quant.packing import bf16_of_float, levels_of
-
-
-def allocate(nbytes: int) -> Tensor:
-    """uint8 [nbytes] of fresh memory, zeros, at the start of a page; in huge pages where the system has them."""
-    pages = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def random_records(record: ExpertRecord, count: int, seed: int) -> Tensor:
@@ -28,7 +17,7 @@ def random_records(record: ExpertRecord, count: int, seed: int) -> Tensor:
     """
     rng = np.random.default_rng(seed)
     blocks = torch.from_numpy(random_blocks(record, rng))
-    records = allocate(count * record.nbytes).view(count, record.nbytes)
+    records = huge_memory(count * record.nbytes).view(count, record.nbytes)
     for number in range(count):
         first = int(rng.integers(len(blocks)))
         used = records[number, : blocks.numel()].view(blocks.shape)

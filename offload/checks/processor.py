@@ -45,8 +45,9 @@ def amx(root: Path, request: Callable[[], bool] = request_tiles) -> Check | None
     if not flags >= TILE_FLAGS:
         return Check("AMX", "no")
     if request():
-        return Check("AMX", "yes, and granted by the system")
-    return Check("AMX", "yes, but not granted by the system, so kernels do without")
+        return Check("AMX", "yes, and granted by the system; kernels use it")
+    remedy = "kernels do without; take Linux 5.16 or newer, and a container that allows arch_prctl"
+    return Check("AMX", "yes, but not granted by the system", "attention", remedy)
 
 
 def _first_processor(root: Path) -> dict[str, str]:
