@@ -23,6 +23,8 @@ from offload.hardware import allowed_cores
 from offload.plan import Plan
 from quant.errors import ContextError, Dsr1Error, TokenizerError
 from quant.kernels import set_threads
+from quant.kernels.ahead import PACKED_KERNELS, PLAIN_KERNELS, compile_ahead
+from quant.progress import Steps, untold
 from quant.store import Store
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -62,25 +64,28 @@ class Engine:
         recipe: str | None = None,
         threads: int | None = None,
         verify: bool = False,
+        compiling: Steps = untold,
     ) -> "Engine":
         """Open a model folder, a built-in model or a Hub id that was downloaded.
 
         gpu_mem, ram: budgets such as "24G" (GiB). context: tokens a session may hold; by default 32768 or the
         model's maximum. dtype: of activations and of the cache, "bfloat16" or "float32". recipe: that of the store
         (of the built-in model: the one to take). threads: by default all cores that this process may use. verify:
-        whether to read the whole store once and compare its checksums. Raises Dsr1Error, told in a sentence, when
+        whether to read the whole store once and compare its checksums. compiling: told of kernels
+        that are compiled, which takes seconds the first time on a machine. Raises Dsr1Error, told in a sentence, when
         the model cannot run.
         """
         notes: list[str] = []
         if dtype not in DTYPES:
             raise Dsr1Error(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-        source = open_model(resolve_model(model, recipe, notes))
+        source = open_model(resolve_model(model, recipe, notes, compiling))
         check_recipe(source, recipe)
         if verify:
             verify_model(source, notes)
         plan = plan_model(source, gpu_mem, ram, context, device, dtype, notes)
         tokenizer = load_tokenizer(source)
         use_threads(threads)
+        compile_ahead(PACKED_KERNELS if isinstance(source, Store) else PLAIN_KERNELS, compiling)
         backend = make_backend(plan)
         buffers = ExpertBuffers(source.config, backend, plan.prefill_chunk)
         transformer = load_transformer(source, plan, DTYPES[dtype], backend, buffers)

@@ -1,42 +1,46 @@
-"""Compile kernels when they are first called, and keep the machine code on disk for the next process.
+"""Compile kernels when they are first called; cache.py keeps the machine code for the next process."""
 
-Numba's cache notices a change of a kernel's own file only, so the cache folder's name holds a hash of all kernel
-sources, Numba's version and the processor. Each kernel has one signature: two processes that compile at once write
-the same files, each put in place whole.
-"""
-
-import hashlib
-import sys
-import tempfile
 import threading
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
 import torch
-from llvmlite import binding
 from numba.extending import register_jitable
 
-from quant.user_cache import user_cache
+from quant.kernels.cache import KernelCache
 
 # For functions that kernels call: they are compiled into their callers. `shared` ones run in plain Python too.
 inner: Callable[[Callable[..., Any]], Any] = numba.njit(nogil=True, error_model="numpy")
 shared: Callable[[Callable[..., Any]], Any] = register_jitable
 
 
-class Kernel:
-    """A function of addresses and numbers, compiled for `signature` at its first call."""
+KERNELS: dict[str, "Kernel"] = {}  # by name; a module's kernels are there once it is imported
 
-    def __init__(self, function: Callable[..., Any], signature: str):
-        self._function, self._signature = function, signature
+
+class Kernel:
+    """A function of addresses and numbers, compiled for `signature` at its first call.
+
+    name: unlike any other kernel's, because the file of its machine code is called so; by default the function's.
+    """
+
+    def __init__(self, function: Callable[..., Any], signature: str, name: str = ""):
+        self.name = name or f"{function.__module__}.{function.__qualname__}"
+        if self.name in KERNELS:
+            raise ValueError(f"there are two kernels called {self.name}; one of them needs another name")
+        KERNELS[self.name] = self
+        self.function, self._signature = function, signature
         self._lock = threading.Lock()
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         compiled = self._compiled
         return compiled(*args) if compiled is not None else self.compile()(*args)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `compile` takes no more than reading the code from disk."""
+        return self._compiled is not None or KernelCache(self.name).file.exists()
 
     def compile(self) -> Callable[..., Any]:
         """The machine code, from the cache if it is there. (Dispatcher of Numba.)"""
@@ -46,54 +50,10 @@ class Kernel:
             return self._compiled
 
     def _load(self) -> Callable[..., Any]:
-        dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=True)(self._function)
-        _enable_cache(dispatcher)
+        dispatcher: Any = numba.njit(nogil=True, error_model="numpy", parallel=True)(self.function)
+        dispatcher._cache = KernelCache(self.name)
         torch_threads = torch.get_num_threads()
         dispatcher.compile(self._signature)
         if torch.get_num_threads() != torch_threads:  # starting Numba's OpenMP threads sets torch's number too
             torch.set_num_threads(torch_threads)
         return dispatcher
-
-
-def _enable_cache(dispatcher: Any) -> None:
-    folder = cache_folder()
-    if folder is None:
-        return
-    config: Any = numba.config
-    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
-    try:
-        dispatcher.enable_caching()
-    except (OSError, RuntimeError):
-        pass  # nowhere to write: compiled in memory for this process
-    finally:
-        config.CACHE_DIR = before
-
-
-@cache
-def cache_folder() -> Path | None:
-    """Where this machine's kernels are kept; None if nothing can be written there."""
-    folder = user_cache() / "kernels" / _fingerprint()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return None
-
-
-def kernels_cached() -> bool:
-    """Whether an earlier process left machine code on disk; if not, the first call of each kernel takes seconds."""
-    folder = cache_folder()
-    return folder is not None and any(folder.rglob("*.nbc"))
-
-
-def _fingerprint() -> str:
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + source.read_bytes())
-    for name in ("formats.py", "packed.py", "encode_reference.py", "isa.py"):
-        digest.update((Path(__file__).parent.parent / name).read_bytes())
-    config: Any = numba.config
-    asked, features = f"{config.CPU_NAME} {config.CPU_FEATURES}", binding.get_host_cpu_features().flatten()
-    digest.update(f"{numba.__version__} {sys.version} {binding.get_host_cpu_name()} {features} {asked}".encode())
-    return digest.hexdigest()[:16]
