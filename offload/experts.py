@@ -114,7 +114,7 @@ class CpuExperts:
 
     def _launch(self, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
         buffers = self.buffers
-        args = (*inputs, self.table, self.inter_dim, self.stored, buffers.order, buffers.scratch, out)
+        args = (*inputs, self.table, self.inter_dim, self.stored, 1, buffers.order, buffers.scratch, out)
         self.backend.launch(buffers.stream, self.kernel, *args)
 
     def sync(self, pending: Pending) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.formats import FORMATS, Format, QuantTensor
+from quant.isa import has_tiles
 from quant.kernels import linear as linear_kernel
 from quant.kernels import moe, packed_linear, packed_moe
 from quant.kernels.decode import PACKED_CODES
@@ -31,7 +32,7 @@ _library.define("linear(Tensor x, Tensor data, Tensor? scale) -> Tensor")
 _library.define("packed_linear(Tensor x, Tensor data, str format, int rows, int columns) -> Tensor")
 for _name, _stored in (("moe_experts", "ScalarType weight_dtype"), ("packed_moe_experts", "str format")):
     _library.define(
-        f"{_name}(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor table, int inter_dim, {_stored}, "
+        f"{_name}(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor table, int inter_dim, {_stored}, int nodes, "
         "Tensor(a!) order, Tensor(b!) scratch, Tensor(c!) out) -> ()"
     )
 
@@ -127,7 +128,7 @@ def _packed_linear_cpu(x: Tensor, data: Tensor, name: str, n: int, k: int) -> Te
         parts = parts_for(tokens * n * k)
         scratch = torch.empty(packed_linear.scratch_bytes(tokens, k, parts), dtype=torch.uint8)
         addresses = (x32.data_ptr(), data.data_ptr(), out.data_ptr(), scratch.data_ptr())
-        call(packed_linear.packed_linear, (*addresses, tokens, n, k, PACKED_CODES[name]), parts)
+        call(packed_linear.packed_linear, (*addresses, tokens, n, k, PACKED_CODES[name], int(has_tiles())), parts)
     return out.to(x.dtype)
 
 
@@ -139,19 +140,16 @@ def _packed_linear_fake(x: Tensor, data: Tensor, name: str, rows: int, columns: 
 class MoeKernel(NamedTuple):
     """A kernel for the experts of a layer, and what it asks of its caller.
 
-    codes: its number for each way in which weights may be stored, a dtype or the name of a packed format.
+    codes: its number for each way in which weights may be stored, a dtype or the name of a packed format. more: what
+    else it wants to know of a call.
     """
 
     run: Kernel
     table_columns: int
     scratch_floats: Callable[[int, int, int, int, int], int]
     codes: Mapping[Any, int]
-
-
-PLAIN_MOE = MoeKernel(
-    moe.moe_experts, moe.TABLE_COLUMNS, moe.scratch_floats, {dtype: code for dtype, (_, code) in KERNELS.items()}
-)
-PACKED_MOE = MoeKernel(packed_moe.packed_moe_experts, packed_moe.TABLE_COLUMNS, packed_moe.scratch_floats, PACKED_CODES)
+    most_nodes: int
+    more: Callable[["MoeCall"], tuple[int, ...]]
 
 
 class MoeCall(NamedTuple):
@@ -166,15 +164,37 @@ class MoeCall(NamedTuple):
     table: Tensor  # int64 [E, 6]: addresses of w1, w3, w2 and of their scales; packed: [E, 3], w1, w3, w2
     inter_dim: int
     stored: torch.dtype | str  # dtype of the weights, or name of their packed format
+    nodes: int  # NUMA nodes that share each packed matrix's rows: the table is one for each of them, [nodes * E, 3]
     order: Tensor  # int64, overwritten
     scratch: Tensor  # float32, overwritten
     out: Tensor  # float32 [T, dim], overwritten
+
+    @property
+    def experts(self) -> int:
+        return self.table.shape[0] // self.nodes
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """T, K, dim and inter_dim."""
         return self.x.shape[0], self.topk_ids.shape[1], self.x.shape[1], self.inter_dim
 
+
+PLAIN_MOE = MoeKernel(
+    run=moe.moe_experts,
+    table_columns=moe.TABLE_COLUMNS,
+    scratch_floats=moe.scratch_floats,
+    codes={dtype: code for dtype, (_, code) in KERNELS.items()},
+    most_nodes=1,
+    more=lambda layer: (),
+)
+PACKED_MOE = MoeKernel(
+    run=packed_moe.packed_moe_experts,
+    table_columns=packed_moe.TABLE_COLUMNS,
+    scratch_floats=packed_moe.scratch_floats,
+    codes=PACKED_CODES,
+    most_nodes=packed_moe.MOST_NODES,
+    more=lambda layer: (layer.nodes, int(has_tiles())),
+)
 
 MOE_TENSORS = {
     "x": (torch.float32, 2),
@@ -205,6 +225,8 @@ def _check_moe(kernel: MoeKernel, layer: MoeCall) -> None:
     if chosen != layer.topk_weights.shape or chosen[0] != tokens or layer.out.shape != layer.x.shape:
         shapes = [tuple(t.shape) for t in (layer.x, layer.topk_ids, layer.topk_weights, layer.out)]
         raise ValueError(f"x, topk_ids, topk_weights and out have shapes {shapes}, which do not fit together")
+    if not 1 <= layer.nodes <= kernel.most_nodes or layer.table.shape[0] % layer.nodes:
+        raise ValueError(f"a table of {layer.table.shape[0]} rows is not one of {layer.nodes} nodes for this kernel")
     if layer.table.shape[1] != kernel.table_columns or layer.inter_dim < 1 or layer.stored not in kernel.codes:
         raise ValueError(
             f"no kernel runs experts of {layer.stored}, {layer.inter_dim} rows, {layer.table.shape[1]} addresses each"
@@ -213,7 +235,7 @@ def _check_moe(kernel: MoeKernel, layer: MoeCall) -> None:
 
 def _threads_that_fit(kernel: MoeKernel, layer: MoeCall) -> int:
     """How many threads the scratch buffer serves; less than 1 if a buffer is too small."""
-    if layer.order.numel() < order_integers(layer.topk_ids.shape[0], layer.topk_ids.shape[1], layer.table.shape[0]):
+    if layer.order.numel() < order_integers(layer.topk_ids.shape[0], layer.topk_ids.shape[1], layer.experts):
         return 0
     none, one = (kernel.scratch_floats(*layer.sizes, threads) for threads in (0, 1))
     return (layer.scratch.numel() - none) // (one - none)
@@ -221,13 +243,13 @@ def _threads_that_fit(kernel: MoeKernel, layer: MoeCall) -> int:
 
 def _run_moe(kernel: MoeKernel, layer: MoeCall) -> None:
     _check_moe(kernel, layer)
-    (tokens, top_k, dim, inter), experts = layer.sizes, layer.table.shape[0]
+    (tokens, top_k, dim, inter), experts = layer.sizes, layer.experts
     fitting = _threads_that_fit(kernel, layer)
     if fitting < 1:
         raise ValueError(f"order and scratch are too small for {tokens} tokens; moe_scratch_sizes gives their sizes")
     parts = min(fitting, parts_for(3 * tokens * top_k * dim * inter))
     buffers = (layer.x, layer.topk_ids, layer.topk_weights, layer.table, layer.out, layer.order, layer.scratch)
-    sizes = (tokens, top_k, experts, dim, inter, kernel.codes[layer.stored])
+    sizes = (tokens, top_k, experts, dim, inter, kernel.codes[layer.stored], *kernel.more(layer))
     if not call(kernel.run, (*(buffer.data_ptr() for buffer in buffers), *sizes), parts):
         raise IndexError(f"topk_ids holds an expert outside 0 .. {experts - 1}")
 

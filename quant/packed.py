@@ -10,12 +10,16 @@ from typing import Any, Literal
 
 TILE_ROWS = 16  # weight rows in a tile: the lanes of a vector
 BLOCK_K = 128  # columns in a block
-HEADER_BYTES = 128  # scales, at the start of each block
+LINE = 4 * TILE_ROWS  # bytes: a header, and then the codes, come in lines in which each row owns four
+HEADER_BYTES = 128  # of the layout before this one: until the kernels follow
 RECORD_ALIGNMENT = 4096  # bytes; an expert can be read from disk, moved to a NUMA node or sliced as whole pages
 TENSOR_ALIGNMENT = 64
 
-# "bf16": one bfloat16 a group. "i6xbf16": a 6-bit integer a group, times one bfloat16 for each row of a block.
-ScaleKind = Literal["bf16", "i6xbf16"]
+# What a row's d is multiplied by for each group. "odd4": an odd integer -15..15, stored as c = 0..15 with 2c - 15;
+# "i6": an integer -32..31, stored as c = 0..63 with c - 32.
+IntegerKind = Literal["odd4", "i6"]
+LOWEST_INTEGER: dict[IntegerKind, int] = {"odd4": -15, "i6": -32}  # c = 0
+INTEGER_STEP: dict[IntegerKind, int] = {"odd4": 2, "i6": 1}  # from one c to the next
 
 # Fitted to groups of 16 Gaussian values whose scale may have either sign; tools/formats/fit_levels.py fits them anew.
 GAUSS_16 = (-127, -107, -87, -69, -53, -38, -23, -10, 3, 16, 29, 42, 56, 71, 89, 113)
@@ -25,21 +29,26 @@ GAUSS_16 = (-127, -107, -87, -69, -53, -38, -23, -10, 3, 16, 29, 42, 56, 71, 89,
 class PackedFormat:
     """How a matrix [N, K] is stored in blocks of 16 rows by 128 columns.
 
-    A value is level(code) times its group's scale, where level(code) is `levels[code]`, or code - `zero` without
-    levels. `group`: columns that share a scale.
+    A value is d × s × level(code): d is a bfloat16 for each row of a block, s an integer for each of its groups of
+    `group` columns (1 without `integers`), and level(code) is `levels[code]`, or code - `zero` without levels.
     """
 
     name: str
     bits: int
     group: int
-    scale: ScaleKind
+    integers: IntegerKind | None
     zero: int
     levels: tuple[int, ...] | None = None
 
     @property
+    def header_bytes(self) -> int:
+        """Bytes of d and the integers, at the start of a block."""
+        return 2 * LINE if self.integers == "i6" else LINE
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block: the header and the codes."""
-        return HEADER_BYTES + TILE_ROWS * BLOCK_K * self.bits // 8
+        return self.header_bytes + TILE_ROWS * BLOCK_K * self.bits // 8
 
     @property
     def bits_per_weight(self) -> float:
@@ -60,17 +69,19 @@ class PackedFormat:
             "name": self.name,
             "bits": self.bits,
             "group": self.group,
-            "scale": self.scale,
+            "scale": "bf16",
+            "integers": self.integers,
             "zero": self.zero,
             "levels": None if self.levels is None else list(self.levels),
             "tile_rows": TILE_ROWS,
             "block_k": BLOCK_K,
+            "header_bytes": self.header_bytes,
         }
 
 
-FAST = PackedFormat("fast", 4, 32, "bf16", zero=8)
-ACCURATE = PackedFormat("accurate", 4, 16, "i6xbf16", zero=0, levels=GAUSS_16)
-Q8 = PackedFormat("q8", 8, 32, "bf16", zero=128)
+FAST = PackedFormat("fast", 4, 32, "odd4", zero=8)
+ACCURATE = PackedFormat("accurate", 4, 16, "i6", zero=0, levels=GAUSS_16)
+Q8 = PackedFormat("q8", 8, BLOCK_K, None, zero=128)
 PACKED_FORMATS = {fmt.name: fmt for fmt in (FAST, ACCURATE, Q8)}
 
 

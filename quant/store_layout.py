@@ -12,7 +12,7 @@ from quant.recipes import Recipe, representations, stored_bytes
 from quant.safetensors_writer import FilePlan, NewTensor
 
 STORE_FORMAT = "dsr1-store"
-STORE_VERSION = 1
+STORE_VERSION = 2
 METADATA = {"format": STORE_FORMAT, "version": str(STORE_VERSION)}
 TOP_FILE = "top.safetensors"
 DTYPE_OF_PLAIN = {"bf16": "BF16", "f32": "F32"}

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from quant.kernels import ahead, cache
-from quant.kernels.jit import KERNELS, Kernel
+from quant.kernels.jit import COMPILABLE, Compiled
 from tests.test_kernels import run_python
 
 SMALL_KERNELS = """
-from quant.kernels.jit import Kernel
+from quant.kernels.jit import Compiled, Kernel
 
 def _triple(x, parts):
     return 3 * x * parts
@@ -21,8 +21,12 @@ def _triple(x, parts):
 def _square(x):
     return x * x
 
-triple = Kernel(_triple, "int64(int64, int64)")
-square = Kernel(_square, "int64(int64)")
+def _part(arguments, part, parts, sync):
+    return 10 * part
+
+triple = Compiled(_triple, "int64(int64, int64)")
+square = Compiled(_square, "int64(int64)")
+part = Kernel(_part)
 """
 RUN_TRIPLE = """
 import small_kernels
@@ -124,23 +128,23 @@ def test_kernels_have_names_of_their_own() -> None:
         return x
 
     try:
-        assert Kernel(kernel, "int64(int64)", "first").name == "first"
+        assert Compiled(kernel, "int64(int64)", "first").name == "first"
         with pytest.raises(ValueError, match="two kernels called first"):
-            Kernel(kernel, "int64(int64)", "first")
+            Compiled(kernel, "int64(int64)", "first")
     finally:
-        KERNELS.pop("first", None)
+        COMPILABLE.pop("first", None)
 
 
 AHEAD = """
 import small_kernels
 from quant.kernels import ahead
 told, here = [], []
-compile_kernel = ahead.Kernel.compile
+compile_kernel = ahead.Compilable.compile
 def compile_here(kernel):
     if not kernel.ready:
         here.append(kernel.name)
     return compile_kernel(kernel)
-ahead.Kernel.compile = compile_here
+ahead.Compilable.compile = compile_here
 {before}
 ahead.compile_ahead([small_kernels.triple, small_kernels.square], lambda done, total: told.append((done, total)))
 assert small_kernels.triple(7, 2) == 42 and small_kernels.square(5) == 25
@@ -157,7 +161,7 @@ def compile_first_kernel_slowly(kernel):
     while kernel is small_kernels.triple and not small_kernels.square.ready:
         time.sleep(0.05)
     return compile_here(kernel)
-ahead.Kernel.compile = compile_first_kernel_slowly
+ahead.Compilable.compile = compile_first_kernel_slowly
 """
     assert run_small(AHEAD.format(before=wait_for_helper), small) == f"{ALL_TOLD} ['triple']\n"
     assert run_small(AHEAD.format(before=""), small) == "[] []\n"
@@ -166,7 +170,7 @@ ahead.Kernel.compile = compile_first_kernel_slowly
 HELPERS_THAT_FAIL = """
 import sys
 from quant.kernels import ahead
-from quant.kernels.jit import Kernel
+from quant.kernels.jit import Compiled
 
 def _double(x):
     return 2 * x
@@ -181,7 +185,7 @@ for number, (executable, helper) in enumerate([
     (interpreter, "import time; time.sleep(1000)"),
 ]):
     sys.executable, ahead.HELPER = executable, helper
-    kernels = [Kernel(_double, "int64(int64)", f"double-{number}-{which}") for which in range(3)]
+    kernels = [Compiled(_double, "int64(int64)", f"double-{number}-{which}") for which in range(3)]
     told = []
     ahead.compile_ahead(kernels, lambda *step: told.append(step))
     assert told[0] == (0, 3) and told[-1] == (3, 3) and all(kernel(4) == 8 for kernel in kernels)
@@ -195,8 +199,8 @@ def test_without_a_helper_everything_is_compiled_here(tmp_path: Path) -> None:
 def test_an_engine_compiles_nothing_in_the_middle_of_an_answer() -> None:
     script = """
 from hybrid_rt import Engine, Sampling
-from quant.kernels.jit import KERNELS
-compiled = lambda: {name for name, kernel in KERNELS.items() if kernel._compiled is not None}
+from quant.kernels.jit import COMPILABLE
+compiled = lambda: {name for name, kernel in COMPILABLE.items() if kernel.compiled}
 for model in ("nano-r1", "nano-r1-fp8"):
     engine = Engine.load(model)
     before = compiled()

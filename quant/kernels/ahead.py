@@ -21,12 +21,12 @@ from quant import isa
 from quant.kernels.bandwidth import multiply_kernel, read_kernel
 from quant.kernels.decode import decode
 from quant.kernels.encode import encode
-from quant.kernels.jit import KERNELS, Kernel
+from quant.kernels.jit import COMPILABLE, Compilable
 from quant.kernels.linear import linear
 from quant.kernels.moe import moe_experts
 from quant.kernels.packed_linear import packed_linear
 from quant.kernels.packed_moe import packed_moe_experts
-from quant.kernels.threads import MAX_THREADS
+from quant.kernels.threads import MAX_THREADS, POOL_KERNELS
 from quant.progress import Steps, untold
 
 # The most expensive first.
@@ -45,8 +45,9 @@ serve(sys.stdin)
 """
 
 
-def compile_ahead(kernels: Sequence[Kernel], report: Steps = untold) -> None:
+def compile_ahead(kernels: Sequence[Compilable], report: Steps = untold) -> None:
     """Have `kernels`, the most expensive first, ready to run. `report` is called only if some were never compiled."""
+    kernels = (*kernels, *POOL_KERNELS)
     missing = [kernel for kernel in kernels if not kernel.ready]
     if missing:
         _Compilation(missing, report).run()
@@ -59,7 +60,7 @@ def compile_ahead(kernels: Sequence[Kernel], report: Steps = untold) -> None:
 class _Compilation:
     """Kernels that are not on disk, and how many of them are."""
 
-    def __init__(self, kernels: Sequence[Kernel], report: Steps):
+    def __init__(self, kernels: Sequence[Compilable], report: Steps):
         self._waiting, self._total, self._report = deque(kernels), len(kernels), report
         self._lock = threading.Lock()  # of what follows and of `_waiting`
         self._done, self._helper_is_busy = 0, False
@@ -107,7 +108,7 @@ class _Compilation:
         finally:
             self._helper_is_busy = False
 
-    def _take_for_helper(self) -> Kernel | None:
+    def _take_for_helper(self) -> Compilable | None:
         with self._lock:
             kernel = self._waiting.pop() if self._waiting else None
             self._helper_is_busy = kernel is not None
@@ -136,5 +137,5 @@ def serve(tasks: Iterable[str]) -> None:
     for task in tasks:
         module, name = task.split()
         importlib.import_module(module)
-        KERNELS[name].compile()
+        COMPILABLE[name].compile()
         print(name, flush=True)

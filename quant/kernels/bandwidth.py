@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 from quant.isa import x86_has
+from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner
 from quant.kernels.packed_dot import BYTES, LINE, dot_bytes, prefetch
 from quant.kernels.threads import call, thread_count
@@ -25,14 +26,12 @@ PAGE = 4096  # bytes; the unit of reading
 STREAMS = 4  # places that are read at the same time, each in pages of its own
 AHEAD = 4096  # bytes between a read and its prefetch
 STEP_LINES = 4  # lines of 64 bytes of each stream in a round
-SERIAL_PAGES = 256  # that one thread reads about as fast as a parallel region starts
-READ_SIGNATURE = "int64(" + ", ".join(["int64"] * 4) + ")"
+SERIAL_PAGES = 64  # that one thread reads about as fast as others wake
 
 SIDE = 4 if x86_has("avx512f") else 2  # SIDE x SIDE sums and the operands fit the registers
 OPERAND_ROUNDS = 8  # rounds before operands come again, so that no product can be kept from the round before
 OPERAND_BYTES = OPERAND_ROUNDS * 2 * SIDE * LINE
 ROUND_OPERATIONS = 2 * SIDE * SIDE * 4 * LANES  # a product and a sum each
-MULTIPLY_SIGNATURE = "int64(int64, int64, int64)"
 
 
 class ReadVariant(NamedTuple):
@@ -135,14 +134,10 @@ def _read_part(ranges, count, code, part, parts):  # type: ignore[no-untyped-def
     return total
 
 
-def _read(ranges, count, code, parts):  # type: ignore[no-untyped-def]
-    """ranges: address of int64 [count, 2], the address and the number of pages of each."""
-    if parts == 1:
-        return _read_part(ranges, count, code, 0, 1)
-    total = 0
-    for part in prange(parts):
-        total += _read_part(ranges, count, code, part, parts)
-    return total
+def _read(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
+    """Arguments: the address of int64 [count, 2], the address and the number of pages of each range; count, code."""
+    ranges, count, code = arguments_of(arguments, 3)
+    return _read_part(ranges, count, code, part, parts)
 
 
 @intrinsic
@@ -171,18 +166,14 @@ def _emit_rounds(builder: Any, operands: Any, rounds: Any) -> Any:
     return _sum_of(builder, _loop(builder, rounds, 1, SIDE * SIDE, step))
 
 
-def _multiply_parts(operands, rounds, parts):  # type: ignore[no-untyped-def]
-    """The same rounds in each part."""
-    if parts == 1:
-        return _multiply(operands, rounds)
-    total = 0
-    for _ in prange(parts):
-        total += _multiply(operands, rounds)
-    return total
+def _multiply_parts(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
+    """The same rounds in each part. Arguments: those of _multiply."""
+    operands, rounds = arguments_of(arguments, 2)
+    return _multiply(operands, rounds)
 
 
-read_kernel = Kernel(_read, READ_SIGNATURE)
-multiply_kernel = Kernel(_multiply_parts, MULTIPLY_SIGNATURE)
+read_kernel = Kernel(_read)
+multiply_kernel = Kernel(_multiply_parts)
 
 
 def read_ranges(ranges: Tensor, variant: ReadVariant) -> int:

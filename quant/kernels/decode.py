@@ -2,14 +2,13 @@
 
 import numba
 import numpy as np
-from numba import prange
 
+from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner
 from quant.kernels.tiles import floats, share
 from quant.kernels.vector import float_of_bits, pointer
 from quant.packed import BLOCK_K, GAUSS_16, HEADER_BYTES, TILE_ROWS
 
-SIGNATURE = "void(" + ", ".join(["int64"] * 6) + ")"
 # Which packed format, for kernels.
 FAST_CODE, ACCURATE_CODE, Q8_CODE = 0, 1, 2
 PACKED_CODES = {"fast": FAST_CODE, "accurate": ACCURATE_CODE, "q8": Q8_CODE}
@@ -59,13 +58,11 @@ def _part(data, out, n, k, code, part, parts):  # type: ignore[no-untyped-def]
                     values[tile * TILE_ROWS + row, number * BLOCK_K + column] = value
 
 
-def _decode(data, out, n, k, code, parts):  # type: ignore[no-untyped-def]
+def _decode(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
     """out float32 [n, k] = the packed matrix at `data`; both are addresses."""
-    if parts == 1:
-        _part(data, out, n, k, code, 0, 1)
-        return
-    for part in prange(parts):
-        _part(data, out, n, k, code, part, parts)
+    data, out, n, k, code = arguments_of(arguments, 5)
+    _part(data, out, n, k, code, part, parts)
+    return 0
 
 
-decode = Kernel(_decode, SIGNATURE)
+decode = Kernel(_decode)

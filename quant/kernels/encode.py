@@ -8,7 +8,6 @@ from functools import cache
 
 import numba
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from quant.encode_reference import (
@@ -23,6 +22,7 @@ from quant.encode_reference import (
     level_range,
     midpoints,
 )
+from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner
 from quant.kernels.lanes import (
     fill,
@@ -38,8 +38,6 @@ from quant.kernels.lanes import (
 from quant.kernels.tiles import floats, share
 from quant.kernels.vector import pointer
 from quant.packed import BLOCK_K, HEADER_BYTES, TILE_ROWS, PackedFormat
-
-SIGNATURE = "void(" + ", ".join(["int64"] * 10) + ")"
 
 VECTOR = 4 * TILE_ROWS  # bytes of one float32 a row
 MOST_GROUPS = 8  # in a block's row
@@ -336,13 +334,11 @@ def _part(weight, rules, out, scratch, n, k, group, bits, anchors, part, parts):
             _pack_codes(x + CODES, bits, target + HEADER_BYTES)
 
 
-def _encode(weight, rules, out, scratch, n, k, group, bits, anchors, parts):  # type: ignore[no-untyped-def]
-    """Pack weight [n, k], float32 and finite; the first four are addresses. Threads share the tiles of 16 rows."""
-    if parts == 1:
-        _part(weight, rules, out, scratch, n, k, group, bits, anchors, 0, 1)
-        return
-    for part in prange(parts):
-        _part(weight, rules, out, scratch, n, k, group, bits, anchors, part, parts)
+def _encode(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
+    """Pack weight [n, k], float32 and finite. Arguments: those of _part, the first four addresses."""
+    weight, rules, out, scratch, n, k, group, bits, anchors = arguments_of(arguments, 9)
+    _part(weight, rules, out, scratch, n, k, group, bits, anchors, part, parts)
+    return 0
 
 
-encode = Kernel(_encode, SIGNATURE)
+encode = Kernel(_encode)

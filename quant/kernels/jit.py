@@ -1,11 +1,12 @@
-"""Compile kernels when they are first called; cache.py keeps the machine code for the next process."""
+"""Compile kernels when they are first needed; cache.py keeps the machine code for the next process."""
 
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import numba
-import torch
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
 from quant.kernels.cache import KernelCache
@@ -14,46 +15,76 @@ from quant.kernels.cache import KernelCache
 inner: Callable[[Callable[..., Any]], Any] = numba.njit(nogil=True, error_model="numpy")
 shared: Callable[[Callable[..., Any]], Any] = register_jitable
 
+KERNEL_SIGNATURE = "int64(int64, int64, int64, int64)"
+COMPILABLE: dict[str, "Compilable"] = {}  # by name; those of a module are there once it is imported
 
-KERNELS: dict[str, "Kernel"] = {}  # by name; a module's kernels are there once it is imported
 
-
-class Kernel:
-    """A function of addresses and numbers, compiled for `signature` at its first call.
-
-    name: unlike any other kernel's, because the file of its machine code is called so; by default the function's.
-    """
+class Compilable:
+    """A function to be compiled for one signature. name: unlike any other's, as it is that of a file on disk."""
 
     def __init__(self, function: Callable[..., Any], signature: str, name: str = ""):
         self.name = name or f"{function.__module__}.{function.__qualname__}"
-        if self.name in KERNELS:
+        if self.name in COMPILABLE:
             raise ValueError(f"there are two kernels called {self.name}; one of them needs another name")
-        KERNELS[self.name] = self
-        self.function, self._signature = function, signature
+        COMPILABLE[self.name] = self
+        self.function, self.signature = function, signature
         self._lock = threading.Lock()
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: Any = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether this process has the machine code."""
+        return self._compiled is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether `compile` takes no more than reading the machine code from disk."""
+        return self.compiled or KernelCache(self.name).file.exists()
+
+    def compile(self) -> Any:
+        """What Numba makes of it, from the cache if it is there."""
+        with self._lock:
+            if self._compiled is None:
+                self._compiled = self._make(KernelCache(self.name))
+            return self._compiled
+
+    def _make(self, cache: KernelCache) -> Any:
+        raise NotImplementedError
+
+
+class Compiled(Compilable):
+    """A function of int64 values, compiled for `signature` at its first call."""
 
     def __call__(self, *args: Any) -> Any:
         compiled = self._compiled
         return compiled(*args) if compiled is not None else self.compile()(*args)
 
-    @property
-    def ready(self) -> bool:
-        """Whether `compile` takes no more than reading the code from disk."""
-        return self._compiled is not None or KernelCache(self.name).file.exists()
-
-    def compile(self) -> Callable[..., Any]:
-        """The machine code, from the cache if it is there. (Dispatcher of Numba.)"""
-        with self._lock:
-            if self._compiled is None:
-                self._compiled = self._load()
-            return self._compiled
-
-    def _load(self) -> Callable[..., Any]:
-        dispatcher: Any = numba.njit(nogil=True, error_model="numpy", parallel=True)(self.function)
-        dispatcher._cache = KernelCache(self.name)
-        torch_threads = torch.get_num_threads()
-        dispatcher.compile(self._signature)
-        if torch.get_num_threads() != torch_threads:  # starting Numba's OpenMP threads sets torch's number too
-            torch.set_num_threads(torch_threads)
+    def _make(self, cache: KernelCache) -> Any:
+        dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(self.function)
+        dispatcher._cache = cache
+        dispatcher.compile(self.signature)
         return dispatcher
+
+
+def compiled_once(signature: str) -> Callable[[Callable[..., Any]], Compiled]:
+    """Decorator: Compiled."""
+    return lambda function: Compiled(function, signature)
+
+
+class Kernel(Compilable):
+    """A function (arguments, part, parts, sync) that threads run together (team.py), compiled when first needed."""
+
+    def __init__(self, function: Callable[..., Any], name: str = ""):
+        super().__init__(function, KERNEL_SIGNATURE, name)
+
+    @property
+    def address(self) -> int:
+        """Of the machine code."""
+        return int((self._compiled or self.compile()).address)
+
+    def _make(self, cache: KernelCache) -> Any:
+        options = {"error_model": "numpy"}
+        callback: Any = CFunc(self.function, normalize_signature(self.signature), locals={}, options=options)
+        callback._cache = cache
+        callback.compile()
+        return callback

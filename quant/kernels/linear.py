@@ -1,7 +1,6 @@
 """x times one stored matrix."""
 
-from numba import prange
-
+from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner, shared
 from quant.kernels.tiles import (
     BLOCK_ROWS,
@@ -15,8 +14,6 @@ from quant.kernels.tiles import (
     share,
     strided_inputs,
 )
-
-SIGNATURE = "void(" + ", ".join(["int64"] * 10) + ")"
 
 
 @shared
@@ -51,13 +48,11 @@ def _part(x, weight, scale, out, scratch, tokens, n, k, code, part, parts):  # t
         _block(rows, x, tokens, out + first * 4, n * 4, result)
 
 
-def _linear(x, weight, scale, out, scratch, tokens, n, k, code, parts):  # type: ignore[no-untyped-def]
-    """out [tokens, n] = x [tokens, k] @ weight [n, k].T; all but the last five are addresses."""
-    if parts == 1:
-        _part(x, weight, scale, out, scratch, tokens, n, k, code, 0, 1)
-        return
-    for part in prange(parts):
-        _part(x, weight, scale, out, scratch, tokens, n, k, code, part, parts)
+def _linear(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
+    """out [tokens, n] = x [tokens, k] @ weight [n, k].T. Arguments: those of _part, the first five addresses."""
+    x, weight, scale, out, scratch, tokens, n, k, code = arguments_of(arguments, 9)
+    _part(x, weight, scale, out, scratch, tokens, n, k, code, part, parts)
+    return 0
 
 
-linear = Kernel(_linear, SIGNATURE)
+linear = Kernel(_linear)

@@ -6,11 +6,11 @@
 The sum over a token's experts runs in ascending order of expert id (equal ids: in order of slot), whatever the slots.
 """
 
-from numba import prange
-
+from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner, shared
-from quant.kernels.routing import Layer, sort_pairs, sorted_pairs
+from quant.kernels.routing import LAYER_FIELDS, Layer, sort_together, sorted_pairs
 from quant.kernels.silu import silu_times
+from quant.kernels.team import Team, barrier
 from quant.kernels.tiles import (
     BLOCK_ROWS,
     RESULT_FLOATS,
@@ -27,7 +27,6 @@ from quant.kernels.tiles import (
 
 HALF_BLOCK = BLOCK_ROWS // 2  # gate and up rows share a block's buffer
 TABLE_COLUMNS = 6  # addresses of w1, w3, w2 and of their scales
-SIGNATURE = "int64(" + ", ".join(["int64"] * 14) + ")"
 
 
 @shared
@@ -72,7 +71,7 @@ def _gate_up_block(layer, gate, up, pairs, first_row, results):  # type: ignore[
 
 @inner
 def _gate_up(layer, part, parts):  # type: ignore[no-untyped-def]
-    """Step 1 for one thread's rows of every touched expert; 1 when done."""
+    """Step 1 for one thread's rows of every touched expert."""
     starts, by_expert = sorted_pairs(layer)
     table = integers(layer.table, (layer.experts, TABLE_COLUMNS))
     decoded = _part_scratch(layer, part)
@@ -90,7 +89,6 @@ def _gate_up(layer, part, parts):  # type: ignore[no-untyped-def]
             gate = open_rows(layer.code, w1, s1, row, rows, layer.dim, end - start, decoded)
             up = open_rows(layer.code, w3, s3, row, rows, layer.dim, end - start, decoded_up)
             _gate_up_block(layer, gate, up, (start, end, by_expert), row, results)
-    return 1
 
 
 @inner
@@ -132,25 +130,15 @@ def _down(layer, part, parts):  # type: ignore[no-untyped-def]
             _down_block(layer, down, (start, end, by_expert), row, result)
 
 
-def _moe(x, ids, weights, table, out, order, scratch, tokens, top_k, experts, dim, inter, code, parts):  # type: ignore[no-untyped-def]
-    """One layer; the arguments are the fields of Layer. 1 when done, 0 if an id is not in 0 .. experts - 1."""
-    layer = Layer(x, ids, weights, table, out, order, scratch, tokens, top_k, experts, dim, inter, code)
-    if not sort_pairs(layer):
+def _moe(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
+    """One layer; the arguments are the fields of Layer. Part 0 returns 1, or 0 if an id is not in 0 .. experts - 1."""
+    layer, team = Layer(*arguments_of(arguments, LAYER_FIELDS)), Team(part, parts, sync)
+    if not sort_together(layer, team):
         return 0
-    if parts == 1:
-        _gate_up(layer, 0, 1)
-        _down(layer, 0, 1)
-        return 1
-    # Numba sees no dependency through addresses and would fuse the loops, though the second needs all of the first:
-    # the count between them keeps them apart.
-    done = 0
-    for part in prange(parts):
-        done += _gate_up(layer, part, parts)
-    if done < parts:
-        return 0
-    for part in prange(parts):
-        _down(layer, part, parts)
-    return 1
+    _gate_up(layer, part, parts)
+    barrier(team)
+    _down(layer, part, parts)
+    return 1 if part == 0 else 0
 
 
-moe_experts = Kernel(_moe, SIGNATURE)
+moe_experts = Kernel(_moe)

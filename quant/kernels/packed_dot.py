@@ -1,10 +1,13 @@
-"""A tile of 16 packed rows times 1 or 4 tokens, in LLVM IR. docs/formats.md has the blocks and the order of the sums.
+"""Two tiles of 16 packed rows times 1 or 4 tokens, in LLVM IR. docs/formats.md has the blocks and the order of the sums.
 
 Each lane is a row. Codes become unsigned bytes level + offset, four columns a lane, which are multiplied with four
-activations and added up in int32: by `vpdpbusd` where there is VNNI, else as two sums of 16-bit products. These
-integers are exact, so both give the same bits; the offset is taken off by where a sum starts (activations.py).
-One float accumulator a row takes the groups of 32 columns in order of k, so a result does not depend on how many
-tokens are multiplied together.
+activations and added up in int32: by `vpdpbusd` where there is VNNI, else as two sums of 16-bit products. The sums of
+a block's groups, times the groups' integers, are added up in int32 too. All this is exact, so that it does not matter
+how it is done; the offset is taken off by where a sum starts (activations.py). One float accumulator a row takes the
+blocks in order of k, so a result does not depend on how many tokens are multiplied together.
+
+Weights are prefetched some blocks ahead. At a tile's end that is the tile which the caller says comes next, so that
+the stream from memory never stops.
 """
 
 from typing import Any, NamedTuple
@@ -15,8 +18,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.isa import x86_has
-from quant.kernels.activations import ACTIVATION_BLOCK, BLOCK_GROUPS, GROUP, SCALES, SUMS_16, SUMS_32
-from quant.kernels.decode import ACCURATE_CODE, FAST_CODE, Q8_CODE
+from quant.kernels.activations import STARTS, offset_of
+from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner
 from quant.kernels.vector import (
     F32,
@@ -34,90 +37,100 @@ from quant.kernels.vector import (
     splat_bits,
     splat_float,
 )
-from quant.packed import ACCURATE, FAST, HEADER_BYTES, Q8, TILE_ROWS, PackedFormat
+from quant.packed import ACCURATE, BLOCK_K, FAST, INTEGER_STEP, LINE, LOWEST_INTEGER, Q8, TILE_ROWS, PackedFormat
 
-BLOCK_BYTES_4, BLOCK_BYTES_8 = FAST.block_bytes, Q8.block_bytes
-RESULT_FLOATS = TOKEN_TILE * TILE_ROWS
+BLOCK_BYTES = {fmt.name: fmt.block_bytes for fmt in (FAST, ACCURATE, Q8)}
+FAST_BYTES, ACCURATE_BYTES, Q8_BYTES = BLOCK_BYTES.values()
+PAIR = 2  # tiles that are read at the same time: one stream from memory does not fill its bandwidth
 
-LINE = 64  # bytes: 16 rows x 4 columns, or 8 of 4 bits
-PREFETCH = 3072  # bytes ahead; 2 to 4 KiB gained 15 % on a Xeon
-QUADS = GROUP // 4  # operands in a group: 16 rows x 4 columns each
-LEVEL_OFFSET = 128  # makes signed levels unsigned
-SCALE_OFFSET = 32  # what the 6-bit integers of `accurate` are stored with
+AHEAD = {"fast": 6, "accurate": 6, "q8": 3}  # blocks between a read and its prefetch
+QUADS = BLOCK_K // 4  # operands in a block: 16 rows x 4 columns each
+SCALE_BITS = 0xFFFF0000  # of a header's word
 BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
-ROW_BYTES, ROW_SHORTS = ir.VectorType(I8, TILE_ROWS), ir.VectorType(I16, TILE_ROWS)
 
 
-def offset_of(fmt: PackedFormat) -> int:
-    """What makes the levels of a format unsigned."""
-    return fmt.zero if fmt.levels is None else LEVEL_OFFSET
+class _Inputs(NamedTuple):
+    """Addresses of each token's record and of its first scale; bytes from one scale to the next."""
 
-
-OFFSET_FAST, OFFSET_OTHERS = offset_of(FAST), offset_of(Q8)
-assert offset_of(ACCURATE) == OFFSET_OTHERS
+    records: list[Any]
+    scales: list[Any]
+    scale_stride: Any
 
 
 class _Block(NamedTuple):
-    """One block of weights and the addresses of the activation blocks it is multiplied with."""
+    """One block of weights, and for each token the addresses of its q, of its starts and its scale."""
 
     fmt: PackedFormat
     address: Any
-    inputs: list[Any]
+    qs: list[Any]
+    starts: list[Any]
+    scales: list[Any]
 
 
 def make_packed_dot(fmt: PackedFormat, tokens: int) -> Any:
-    """Intrinsic: 16 rows times `tokens` tokens, whole rows at once.
+    """Intrinsic: the 2 x 16 rows of a pair of tiles times `tokens` tokens, whole rows at once.
 
-    dot(tile, inputs, blocks, result, stride): addresses of a tile of `blocks` blocks, of each token's activations and
-    of the first token's 16 float32 results; the others' follow, `stride` bytes apart.
+    dot(pair, records, scales, scale_stride, blocks, result): addresses of two tiles, of `blocks` blocks each, and of
+    the two that will be read after them; of each token's record and first scale (the next ones are `scale_stride`
+    bytes apart); and of float32 [tokens, 32] results.
     """
 
     @intrinsic
-    def dot(typingctx, tile, inputs, blocks, result, stride):  # type: ignore[no-untyped-def]
+    def dot(typingctx, pair, records, scales, scale_stride, blocks, result):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            tile, inputs_value, *rest = args
-            addresses = [builder.extract_value(inputs_value, t) for t in range(tokens)]
-            builder.call(_dot_function(builder.module, fmt, tokens), [tile, *addresses, *rest])
+            *tuples, scale_stride, blocks, result = args
+            counts = (2 * PAIR, tokens, tokens)
+            flat = [builder.extract_value(v, i) for v, n in zip(tuples, counts, strict=True) for i in range(n)]
+            builder.call(_dot_function(builder.module, fmt, tokens), [*flat, scale_stride, blocks, result])
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.UniTuple(types.int64, tokens), *(types.int64,) * 3), codegen
+        pair_type, many = types.UniTuple(types.int64, 2 * PAIR), types.UniTuple(types.int64, tokens)
+        return types.void(pair_type, many, many, types.int64, types.int64, types.int64), codegen
 
     return dot
 
 
 def _dot_function(module: Any, fmt: PackedFormat, tokens: int) -> Any:
     """The code as a function that is never inlined: it is long, and copies of it would take seconds to compile."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * (tokens + 4))
+    kind = ir.FunctionType(ir.VoidType(), [I64] * (2 * PAIR + 2 * tokens + 3))
     function = cgutils.get_or_insert_function(module, kind, f"dsr1.packed_dot.{fmt.name}.{tokens}")
     if function.is_declaration:
         function.linkage = "linkonce_odr"
         function.attributes.add("noinline")
-        tile, *inputs, blocks, result, stride = function.args
-        builder = ir.IRBuilder(function.append_basic_block("entry"))
-        sums = _emit_dot(builder, fmt, tile, inputs, blocks)
-        for t, total in enumerate(sums):
-            target = builder.add(result, builder.mul(stride, i64(t)))
-            builder.store(total, builder.inttoptr(target, POINTER)).align = 4
+        args, builder = list(function.args), ir.IRBuilder(function.append_basic_block("entry"))
+        *pair, blocks, result = args[: 2 * PAIR], args[-2], args[-1]
+        inputs = _Inputs(args[2 * PAIR : 2 * PAIR + tokens], args[2 * PAIR + tokens : -3], args[-3])
+        sums = _emit_dot(builder, fmt, *pair, inputs, blocks)
+        for number, total in enumerate(sums):
+            builder.store(total, builder.inttoptr(builder.add(result, i64(number * LINE)), POINTER)).align = 4
         builder.ret_void()
     return function
 
 
-def _emit_dot(builder: Any, fmt: PackedFormat, tile: Any, inputs: list[Any], blocks: Any) -> list[Any]:
-    """Each token's 16 sums over all blocks."""
+def _emit_dot(builder: Any, fmt: PackedFormat, pair: list[Any], inputs: _Inputs, blocks: Any) -> list[Any]:
+    """The 16 sums over all blocks of each token and tile: first token, both tiles; second token ..."""
     entry = builder.block
     head, body, end = (builder.append_basic_block(name) for name in ("head", "body", "end"))
+    starts = [builder.add(record, builder.mul(blocks, i64(BLOCK_K))) for record in inputs.records]
     builder.branch(head)
     builder.position_at_end(head)
-    at, sums = builder.phi(I64), [builder.phi(VF) for _ in inputs]
+    at, sums = builder.phi(I64), [builder.phi(VF) for _ in range(PAIR * len(inputs.records))]
     builder.cbranch(builder.icmp_signed("<", at, blocks), body, end)
 
     builder.position_at_end(body)
-    weights = builder.add(tile, builder.mul(at, i64(fmt.block_bytes)))
-    x_offset = builder.mul(at, i64(ACTIVATION_BLOCK))
-    xs = [builder.add(address, x_offset) for address in inputs]
-    later_sums = _emit_block(builder, _Block(fmt, weights, xs), sums)
-    starts, following = [i64(0), *[splat_float(0.0)] * len(sums)], [builder.add(at, i64(1)), *later_sums]
-    for phi, first, later in zip([at, *sums], starts, following, strict=True):
+    later_sums = list(sums)
+    for half in range(PAIR):
+        _prefetch_ahead(builder, fmt, at, blocks, (pair[half], pair[PAIR + half]))
+        block = _Block(
+            fmt,
+            builder.add(pair[half], builder.mul(at, i64(fmt.block_bytes))),
+            [builder.add(record, builder.mul(at, i64(BLOCK_K))) for record in inputs.records],
+            [builder.add(start, builder.mul(at, i64(4 * STARTS))) for start in starts],
+            [builder.add(scale, builder.mul(at, inputs.scale_stride)) for scale in inputs.scales],
+        )
+        later_sums[half::PAIR] = _emit_block(builder, block, sums[half::PAIR])
+    firsts, laters = [i64(0), *[splat_float(0.0)] * len(sums)], [builder.add(at, i64(1)), *later_sums]
+    for phi, first, later in zip([at, *sums], firsts, laters, strict=True):
         phi.add_incoming(first, entry)
         phi.add_incoming(later, builder.block)
     builder.branch(head)
@@ -126,90 +139,100 @@ def _emit_dot(builder: Any, fmt: PackedFormat, tile: Any, inputs: list[Any], blo
     return sums
 
 
+def _prefetch_ahead(builder: Any, fmt: PackedFormat, at: Any, blocks: Any, tiles: tuple[Any, Any]) -> None:
+    """Prefetch the block that comes some blocks after block `at`: of this tile, or of the following one."""
+    tile, following = tiles
+    later = builder.add(at, i64(AHEAD[fmt.name]))
+    is_here = builder.icmp_signed("<", later, blocks)
+    start = builder.select(is_here, tile, following)
+    number = builder.select(is_here, later, builder.sub(later, blocks))
+    block = builder.add(start, builder.mul(number, i64(fmt.block_bytes)))
+    for offset in range(0, fmt.block_bytes, LINE):
+        prefetch(builder, builder.add(block, i64(offset)))
+
+
 def _emit_block(builder: Any, block: _Block, sums: list[Any]) -> list[Any]:
     """Each token's 16 sums after one more block."""
-    for offset in range(0, block.fmt.block_bytes, LINE):
-        prefetch(builder, builder.add(block.address, i64(offset + PREFETCH)))
-    for group in range(BLOCK_GROUPS):
-        scale = _bf16_scale(builder, block, 0 if block.fmt is ACCURATE else group)
-        factors = _integer_scales(builder, block, group) if block.fmt is ACCURATE else None
-        products = _products(builder, block, group)
-        after = []
-        for x, halves, total in zip(block.inputs, products, sums, strict=True):
-            both = builder.fmul(scale, splat(builder, _load(builder, x, SCALES + 4 * group, F32), VF))
-            after.append(multiply_add(builder, _group_sum(builder, halves, factors), both, total))
-        sums = after
-    return sums
+    d = builder.bitcast(builder.and_(_load(builder, block.address, 0, VI), splat_bits(SCALE_BITS)), VF)
+    after = []
+    for scale, integers, total in zip(block.scales, _block_sums(builder, block), sums, strict=True):
+        both = builder.fmul(d, splat(builder, _load(builder, scale, 0, F32), VF))
+        after.append(multiply_add(builder, builder.sitofp(integers, VF), both, total))
+    return after
 
 
-def _group_sum(builder: Any, halves: list[Any], factors: list[Any] | None) -> Any:
-    """The group's integer as float32, exactly. With 6-bit scales it stays below 2**24, and so do its parts."""
-    if factors is None:
-        return builder.sitofp(builder.add(*halves), VF)
-    first, second = (
-        builder.fmul(builder.sitofp(half, VF), factor) for half, factor in zip(halves, factors, strict=True)
-    )
-    return builder.fadd(first, second)
+def _block_sums(builder: Any, block: _Block) -> list[Any]:
+    """For each token, the sums over the block's columns of integer times level times q: 16 int32 each."""
+    totals = [splat_bits(0)] * len(block.qs)
+    for group in range(BLOCK_K // block.fmt.group):
+        groups = _group_sums(builder, block, group)
+        if block.fmt.integers is None:
+            return groups
+        factor = group_integers(builder, block.fmt, block.address, group)
+        totals = [
+            _add_product(builder, block.fmt, total, part, factor) for total, part in zip(totals, groups, strict=True)
+        ]
+    return totals
 
 
-def _products(builder: Any, block: _Block, group: int) -> list[list[Any]]:
-    """For each token, sums of level times activation over the two halves of a group: 16 int32 each.
-
-    Only `accurate` has a scale for each half; elsewhere halves are two chains of additions that need not wait.
-    """
-    halves = [_starts(builder, block, x, group) for x in block.inputs]
-    for quad in range(QUADS):
-        weights = _quad(builder, block, group, quad)
-        for x, sums in zip(block.inputs, halves, strict=True):
-            four = splat(builder, _load(builder, x, GROUP * group + 4 * quad, I32), VI)
-            half = 2 * quad // QUADS
-            sums[half] = dot_bytes(builder, sums[half], weights, four)
-    return halves
+def _group_sums(builder: Any, block: _Block, group: int) -> list[Any]:
+    """For each token, the sums of level times q over a group: two chains of additions that need not wait."""
+    chains = [[splat(builder, _load(builder, at, 4 * group, I32), VI), splat_bits(0)] for at in block.starts]
+    each = block.fmt.group // 4
+    for number in range(group * each, (group + 1) * each):
+        weights = unsigned_quad(builder, block.fmt, block.address, number)
+        for q, sums in zip(block.qs, chains, strict=True):
+            four = splat(builder, _load(builder, q, 4 * number, I32), VI)
+            sums[number % 2] = dot_bytes(builder, sums[number % 2], weights, four)
+    return [builder.add(*sums) for sums in chains]
 
 
-def _starts(builder: Any, block: _Block, x: Any, group: int) -> list[Any]:
-    """Where the sums of a group's halves start, so that offsets vanish."""
-    if block.fmt is ACCURATE:
-        return [splat(builder, _load(builder, x, SUMS_16 + 4 * (2 * group + half), I32), VI) for half in (0, 1)]
-    return [splat(builder, _load(builder, x, SUMS_32 + 4 * group, I32), VI), splat_bits(0)]
+def group_integers(builder: Any, fmt: PackedFormat, address: Any, group: int) -> Any:
+    """The integers of a group of 16 rows, as int32, but of `fast` in the lower halves only (the upper ones are 0)."""
+    if fmt.integers == "odd4":
+        word = _load(builder, address, 0, VI)
+        moved = builder.shl(word, splat_bits(1)) if group == 0 else builder.lshr(word, splat_bits(4 * group - 1))
+        doubled = builder.and_(moved, splat_bits(15 * INTEGER_STEP["odd4"]))
+        lowest = ir.Constant(SHORTS, [-LOWEST_INTEGER["odd4"], 0] * TILE_ROWS)
+        return builder.bitcast(builder.sub(builder.bitcast(doubled, SHORTS), lowest), VI)
+    upper, lower = _load(builder, address, 0, VI), _load(builder, address, LINE, VI)
+    shift = 2 * group - 4  # two bits to where bits 4 and 5 are
+    moved = builder.lshr(upper, splat_bits(shift)) if shift > 0 else builder.shl(upper, splat_bits(-shift))
+    low = builder.and_(builder.lshr(lower, splat_bits(4 * group)), splat_bits(15))
+    stored = builder.or_(builder.and_(moved, splat_bits(48)), low)
+    return builder.add(stored, splat_bits(LOWEST_INTEGER["i6"]))
 
 
-def _bf16_scale(builder: Any, block: _Block, number: int) -> Any:
-    """The 16 bfloat16 that stand `number`-th in the header, as float32."""
-    bits = builder.zext(_load(builder, block.address, 2 * TILE_ROWS * number, ROW_SHORTS), VI)
-    return builder.bitcast(builder.shl(bits, splat_bits(16)), VF)
+def _add_product(builder: Any, fmt: PackedFormat, total: Any, part: Any, factor: Any) -> Any:
+    """total + part * factor. A group's sum in `fast` fits 16 bits: at most 8 x 127 x 32."""
+    if fmt.integers == "i6":
+        return builder.add(total, builder.mul(part, factor))
+    if x86_has("avx512vnni"):
+        return _call_in_parts(builder, "llvm.x86.avx512.vpdpwssd.512", 1, [total, part, factor])
+    if x86_has("avxvnni"):
+        return _call_in_parts(builder, "llvm.x86.avx512.vpdpwssd.256", 2, [total, part, factor])
+    return builder.add(total, _dot_shorts(builder, builder.bitcast(part, SHORTS), builder.bitcast(factor, SHORTS)))
 
 
-def _integer_scales(builder: Any, block: _Block, group: int) -> list[Any]:
-    """The 6-bit scales of a group's two halves, as float32."""
-    low = _load(builder, block.address, 64 + TILE_ROWS * group, ROW_BYTES)
-    high = _load(builder, block.address, 32 + TILE_ROWS * (group // 2), ROW_BYTES)
-    scales = []
-    for half in (0, 1):
-        lower = builder.and_(builder.lshr(low, _constant(ROW_BYTES, 4 * half)), _constant(ROW_BYTES, 15))
-        shift = 2 * (2 * group + half) % 8
-        upper = builder.and_(builder.lshr(high, _constant(ROW_BYTES, shift)), _constant(ROW_BYTES, 3))
-        stored = builder.or_(lower, builder.shl(upper, _constant(ROW_BYTES, 4)))
-        integer = builder.sub(stored, _constant(ROW_BYTES, SCALE_OFFSET))
-        scales.append(builder.sitofp(builder.sext(integer, VI), VF))
-    return scales
+def unsigned_quad(builder: Any, fmt: PackedFormat, address: Any, number: int) -> Any:
+    """16 rows x 4 columns of unsigned bytes level + offset, from column 4 number of a block on."""
+    codes = code_quad(builder, fmt, address, number)
+    if fmt.levels is None:
+        return codes
+    return look_up(builder, codes, [level + offset_of(fmt) for level in fmt.levels])
 
 
-def _quad(builder: Any, block: _Block, group: int, quad: int) -> Any:
-    """16 rows x 4 columns of unsigned bytes level + offset, from column 32 group + 4 quad on."""
-    number = QUADS * group + quad
-    if block.fmt.bits == 8:
-        return _load(builder, block.address, HEADER_BYTES + LINE * number, BYTES)
-    line = _load(builder, block.address, HEADER_BYTES + LINE * (number // 2), BYTES)
+def code_quad(builder: Any, fmt: PackedFormat, address: Any, number: int) -> Any:
+    """The codes of 16 rows x 4 columns, from column 4 number of a block on."""
+    if fmt.bits == 8:
+        return _load(builder, address, fmt.header_bytes + LINE * number, BYTES)
+    line = _load(builder, address, fmt.header_bytes + LINE * (number // 2), BYTES)
     if number % 2:
         line = builder.bitcast(builder.lshr(builder.bitcast(line, SHORTS), _constant(SHORTS, 4)), BYTES)
-    codes = builder.and_(line, _constant(BYTES, 15))
-    if block.fmt.levels is None:
-        return codes
-    return _look_up(builder, codes, [level + LEVEL_OFFSET for level in block.fmt.levels])
+    return builder.and_(line, _constant(BYTES, 15))
 
 
-def _look_up(builder: Any, codes: Any, table: list[int]) -> Any:
+def look_up(builder: Any, codes: Any, table: list[int]) -> Any:
     """table[code] for 64 codes below 16."""
     if x86_has("avx512bw"):
         return _call_in_parts(builder, "llvm.x86.avx512.pshuf.b.512", 1, [ir.Constant(BYTES, table * 4), codes])
@@ -281,10 +304,11 @@ def _load(builder: Any, base: Any, offset: int, kind: ir.Type) -> Any:
 
 
 def prefetch(builder: Any, address: Any) -> None:
+    """Into the second-level cache: more can be on their way there than to the first."""
     kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
-    builder.call(prefetch, [builder.inttoptr(address, POINTER), read, keep, data])
+    read, level, data = (ir.Constant(I32, value) for value in (0, 2, 1))
+    builder.call(prefetch, [builder.inttoptr(address, POINTER), read, level, data])
 
 
 _fast, _accurate, _q8 = (make_packed_dot(fmt, 1) for fmt in (FAST, ACCURATE, Q8))
@@ -293,32 +317,28 @@ _fast_many, _accurate_many, _q8_many = (make_packed_dot(fmt, TOKEN_TILE) for fmt
 
 @inner
 def block_bytes(code):  # type: ignore[no-untyped-def]
-    return BLOCK_BYTES_8 if code == Q8_CODE else BLOCK_BYTES_4
+    if code == FAST_CODE:
+        return FAST_BYTES
+    return ACCURATE_BYTES if code == ACCURATE_CODE else Q8_BYTES
 
 
 @inner
-def offset_of_code(code):  # type: ignore[no-untyped-def]
-    """What the sums of activations for weights of this format are multiplied with."""
-    return OFFSET_FAST if code == FAST_CODE else OFFSET_OTHERS
+def packed_pair(code, pair, tokens, records, scales, scale_stride, blocks, result):  # type: ignore[no-untyped-def]
+    """float32 [tokens, 32] at `result` for up to 4 tokens times a pair of tiles (make_packed_dot).
 
-
-@inner
-def packed_tile(code, tile, tokens, inputs, blocks, result, stride):  # type: ignore[no-untyped-def]
-    """float32 [16] for each of up to 4 `tokens` (activations at `inputs`), `stride` bytes apart from `result` on.
-
-    With 2 or 3 tokens, there are 4 results, of which those beyond `tokens` mean nothing.
+    With 2 or 3 tokens there are 4 results, of which those beyond `tokens` mean nothing.
     """
     if tokens == 1:
-        one = (inputs[0],)
+        one, its_scale = (records[0],), (scales[0],)
         if code == FAST_CODE:
-            _fast(tile, one, blocks, result, stride)
+            _fast(pair, one, its_scale, scale_stride, blocks, result)
         elif code == ACCURATE_CODE:
-            _accurate(tile, one, blocks, result, stride)
+            _accurate(pair, one, its_scale, scale_stride, blocks, result)
         else:
-            _q8(tile, one, blocks, result, stride)
+            _q8(pair, one, its_scale, scale_stride, blocks, result)
     elif code == FAST_CODE:
-        _fast_many(tile, inputs, blocks, result, stride)
+        _fast_many(pair, records, scales, scale_stride, blocks, result)
     elif code == ACCURATE_CODE:
-        _accurate_many(tile, inputs, blocks, result, stride)
+        _accurate_many(pair, records, scales, scale_stride, blocks, result)
     else:
-        _q8_many(tile, inputs, blocks, result, stride)
+        _q8_many(pair, records, scales, scale_stride, blocks, result)

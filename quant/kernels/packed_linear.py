@@ -2,22 +2,21 @@
 
 from typing import NamedTuple
 
-from numba import prange
-
-from quant.kernels.activations import activation_bytes, k_blocks, quantise_share
+from quant.kernels.activations import input_bytes, inputs_at, k_blocks, quantise
+from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner, shared
-from quant.kernels.packed_dot import RESULT_FLOATS, block_bytes, offset_of_code, packed_tile
-from quant.kernels.tiles import floats, share, strided_inputs
-from quant.kernels.vector import TOKEN_TILE
-from quant.packed import TILE_ROWS
+from quant.kernels.packed_rows import Rows, multiply_rows, tile_address
+from quant.kernels.packed_tiles import PAIR_ROWS, SCRATCH_BYTES, TOKENS
+from quant.kernels.team import Team, barrier, take
+from quant.kernels.tile_unit import use_tile_unit
+from quant.kernels.tiles import floats, share
+from quant.packed import BLOCK_K, TILE_ROWS
 
-TILES_TOGETHER = 4  # tiles that 4 tokens are multiplied with before the next 4: 256 KiB of 4-bit rows, K = 7168
-SERIAL_VALUES = 1 << 16  # activations that one thread quantises faster than a parallel region starts
-SIGNATURE = "void(" + ", ".join(["int64"] * 9) + ")"
+PAIRS_EACH = 8  # shares of the pairs of tiles that each thread takes, so that all are done at about the same time
 
 
 class Product(NamedTuple):
-    """Addresses and sizes of one call."""
+    """Addresses and sizes of one call. x, out: float32 [tokens, k] and [tokens, n]. granted: whether tiles may be used."""
 
     x: int
     data: int
@@ -27,61 +26,89 @@ class Product(NamedTuple):
     n: int
     k: int
     code: int
+    granted: int
+
+
+PRODUCT_FIELDS = len(Product._fields)
+
+
+@shared
+def padded_rows(tokens: int) -> int:
+    """Rows of inputs that may be read for `tokens` tokens."""
+    return (tokens + TOKENS - 1) // TOKENS * TOKENS
+
+
+@shared
+def part_bytes(tokens: int) -> int:
+    """Scratch of one thread: results of a pair of tiles, and what tiles need."""
+    return padded_rows(tokens) * PAIR_ROWS * 4 + SCRATCH_BYTES
 
 
 @shared
 def scratch_bytes(tokens: int, k: int, parts: int) -> int:
-    """Scratch: the quantised activations and, for each thread, one tile of results."""
-    return tokens * activation_bytes(k) + parts * RESULT_FLOATS * 4
+    """Scratch: the quantised activations, a multiple of 64 bytes, and each thread's own."""
+    inputs = input_bytes(padded_rows(tokens), k)
+    return (inputs + 63) // 64 * 64 + parts * part_bytes(tokens)
 
 
 @inner
-def _tile(product, tile, first, count, result):  # type: ignore[no-untyped-def]
-    """out[first : first + count] for the 16 rows of one tile; `result`: float32 [TOKEN_TILE, 16] for use on the way."""
-    stride, blocks = activation_bytes(product.k), k_blocks(product.k)
-    inputs = strided_inputs(product.scratch + first * stride, stride, count)
-    address = product.data + tile * blocks * block_bytes(product.code)
-    packed_tile(product.code, address, count, inputs, blocks, result, TILE_ROWS * 4)
-    values = floats(result, (TOKEN_TILE, TILE_ROWS))
-    for t in range(count):
-        target = floats(product.out + ((first + t) * product.n + tile * TILE_ROWS) * 4, (TILE_ROWS,))
-        for r in range(min(TILE_ROWS, product.n - tile * TILE_ROWS)):
+def _quantise(product, inputs, team):  # type: ignore[no-untyped-def]
+    blocks = k_blocks(product.k)
+    first, end = share(product.tokens * blocks, team.part, team.parts)
+    for number in range(first, end):
+        row, block = number // blocks, number % blocks
+        x = product.x + (row * product.k + block * BLOCK_K) * 4
+        quantise(inputs, row, block, x, product.k - block * BLOCK_K)
+
+
+@inner
+def _store(product, tile, results):  # type: ignore[no-untyped-def]
+    """out[:, 16 tile : 16 tile + 32] from float32 [tokens, 32] at `results`."""
+    first = tile * TILE_ROWS
+    values = floats(results, (product.tokens, PAIR_ROWS))
+    for t in range(product.tokens):
+        target = floats(product.out + (t * product.n + first) * 4, (PAIR_ROWS,))
+        for r in range(min(PAIR_ROWS, product.n - first)):
             target[r] = values[t, r]
 
 
 @inner
-def _part(product, part, parts):  # type: ignore[no-untyped-def]
-    result = product.scratch + scratch_bytes(product.tokens, product.k, part)
-    first_tile, end_tile = share((product.n + TILE_ROWS - 1) // TILE_ROWS, part, parts)
-    for tiles in range(first_tile, end_tile, TILES_TOGETHER):
-        for first in range(0, product.tokens, TOKEN_TILE):
-            for tile in range(tiles, min(tiles + TILES_TOGETHER, end_tile)):
-                _tile(product, tile, first, min(TOKEN_TILE, product.tokens - first), result)
+def _multiply(product, inputs, team):  # type: ignore[no-untyped-def]
+    """Pairs of tiles, some neighbours at a time, as long as there are any."""
+    blocks = k_blocks(product.k)
+    tiles = (product.n + TILE_ROWS - 1) // TILE_ROWS
+    pairs = (tiles + 1) // 2
+    each = max(1, pairs // (PAIRS_EACH * team.parts))
+    results = product.scratch + scratch_bytes(product.tokens, product.k, team.part)
+    first = take(team, 0, each)
+    while first < pairs:
+        following = take(team, 0, each)
+        for number in range(first, min(first + each, pairs)):
+            later = number + 1 if number + 1 < first + each else following
+            tile, then = 2 * number, 2 * (later if later < pairs else number)
+            pair = (
+                tile_address(product.data, tile, blocks, product.code),
+                tile_address(product.data, min(tile + 1, tiles - 1), blocks, product.code),
+                tile_address(product.data, then, blocks, product.code),
+                tile_address(product.data, min(then + 1, tiles - 1), blocks, product.code),
+            )
+            rows = Rows(0, product.tokens, 0, 1)
+            scratch = results + padded_rows(product.tokens) * PAIR_ROWS * 4
+            multiply_rows(inputs, rows, pair, product.granted, results, scratch)
+            _store(product, tile, results)
+        first = following
 
 
-@inner
-def _quantise(product, part, parts):  # type: ignore[no-untyped-def]
-    offset = offset_of_code(product.code)
-    return quantise_share(product.x, product.tokens, product.k, offset, product.scratch, part, parts)
+def _packed_linear(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
+    """out = x @ weight [n, k].T; the arguments are the fields of Product."""
+    product, team = Product(*arguments_of(arguments, PRODUCT_FIELDS)), Team(part, parts, sync)
+    inputs = inputs_at(product.scratch, padded_rows(product.tokens), product.k, product.code)
+    _quantise(product, inputs, team)
+    barrier(team)
+    use_tile_unit(product.granted, product.tokens, True)
+    _multiply(product, inputs, team)
+    use_tile_unit(product.granted, product.tokens, False)
+    return 0
 
 
-def _packed_linear(x, data, out, scratch, tokens, n, k, code, parts):  # type: ignore[no-untyped-def]
-    """out [tokens, n] = x [tokens, k] @ weight [n, k].T; the first four are addresses."""
-    product = Product(x, data, out, scratch, tokens, n, k, code)
-    if parts == 1:
-        _quantise(product, 0, 1)
-        _part(product, 0, 1)
-        return
-    done = 0  # keeps Numba from fusing the loops (moe.py)
-    if tokens * k < SERIAL_VALUES:
-        done = parts * _quantise(product, 0, 1)
-    else:
-        for part in prange(parts):
-            done += _quantise(product, part, parts)
-    if done < parts:
-        return
-    for part in prange(parts):
-        _part(product, part, parts)
-
-
-packed_linear = Kernel(_packed_linear, SIGNATURE)
+packed_linear = Kernel(_packed_linear)

@@ -1,206 +1,394 @@
 """The routed experts of one layer in one call, from packed weights.
 
-(token, slot) pairs are sorted by expert, so each touched expert's weights are read once:
-    1. every token's x is quantised;
-    2. hidden[p] = silu(w1 x) * (w3 x) for each pair p, quantised at once in groups of 32; threads share out these
-       groups of rows of w1 and w3, over all touched experts;
-    3. out[t] += weight[p] * (w2 hidden[p]), threads sharing out the columns of out.
-The sum over a token's experts runs in ascending order of expert id (equal ids: in order of slot), whatever the slots.
+Threads go through these steps together, with a barrier after each:
+    1. route: (token, slot) pairs are sorted by expert, so that each touched expert's weights are read once; every
+       token's x is quantised, and where tiles are used laid out once a pair, in that order;
+    2. gate and up: hidden[p] = silu(w1 x) * (w3 x) for each pair p, quantised as soon as 128 values are there;
+    3. down: out[t] += weight[p] * (w2 hidden[p]).
+In step 2 a thread takes rows of an expert, in step 3 columns of out for all experts, as long as there are any: so all
+are done at about the same time, however many tokens an expert has. The sum over a token's experts runs in ascending
+order of expert id (equal ids: in order of slot), whatever the slots and the threads.
+
+With NUMA nodes, each holds a share of every matrix's rows, and its threads compute those.
 """
 
-from numba import prange
-
 from quant.kernels.activations import (
-    ACTIVATION_BLOCK,
-    BLOCK_GROUPS,
-    GROUP,
-    activation_bytes,
+    copy_row,
+    input_bytes,
+    inputs_at,
     k_blocks,
-    quantise_group,
-    quantise_share,
+    quantise,
 )
+from quant.kernels.atomics import add_word, arguments_of
 from quant.kernels.jit import Kernel, inner, shared
-from quant.kernels.packed_dot import block_bytes, offset_of_code, packed_tile
-from quant.kernels.packed_linear import SERIAL_VALUES, TILES_TOGETHER
-from quant.kernels.routing import Layer, sort_pairs, sorted_pairs
+from quant.kernels.packed_linear import padded_rows
+from quant.kernels.packed_rows import Rows, multiply_rows, tile_address
+from quant.kernels.packed_tiles import PAIR_ROWS, SCRATCH_BYTES, TOKENS, uses_tiles
+from quant.kernels.routing import (
+    PACKED_FIELDS,
+    PackedLayer,
+    active_experts,
+    is_sorted,
+    pairs_address,
+    sort_for_team,
+    sorted_pairs,
+)
 from quant.kernels.silu import silu_times
-from quant.kernels.tiles import floats, integers, share, strided_inputs
-from quant.kernels.vector import TOKEN_TILE
-from quant.packed import TILE_ROWS
+from quant.kernels.team import COUNTER_COUNT, Team, barrier, take
+from quant.kernels.tile_unit import use_tile_unit
+from quant.kernels.tiles import floats, integers, share
+from quant.packed import BLOCK_K, TILE_ROWS
 
 TABLE_COLUMNS = 3  # addresses of w1, w3, w2
-GROUP_TILES = GROUP // TILE_ROWS  # tiles of w1 and of w3 that give one group of hidden
-GROUP_FLOATS = TOKEN_TILE * GROUP
-SIGNATURE = "int64(" + ", ".join(["int64"] * 14) + ")"
+BLOCK_TILES = BLOCK_K // TILE_ROWS  # tiles of w1 and of w3 that give one block of hidden
+FEW_PAIRS = 64  # up to here a unit of step 2 is one tile of w1 and w3, beyond a block's 8 tiles
+MOST_COLUMN_TILES = 16  # of a unit in step 3
+COLUMN_UNITS = 24  # of them that each thread gets, if there are enough columns
+GATE_UP, DOWN = 0, 1  # counters of the team, two for each node
+MOST_NODES = COUNTER_COUNT // 2
+
+
+@shared
+def lines(nbytes: int) -> int:
+    """Whole cache lines."""
+    return (nbytes + 63) // 64 * 64
+
+
+@shared
+def part_bytes(tokens: int) -> int:
+    """Scratch of one thread: results of a pair of tiles, a block of hidden values, and what tiles need."""
+    return padded_rows(tokens) * (PAIR_ROWS + BLOCK_K) * 4 + SCRATCH_BYTES
+
+
+@shared
+def few(tokens: int, top_k: int) -> int:
+    """Pairs for which hidden values are kept until their block is whole."""
+    return min(tokens * top_k, FEW_PAIRS)
+
+
+@shared
+def scratch_bytes(tokens: int, top_k: int, dim: int, inter: int, parts: int) -> int:
+    """Scratch: quantised x, of tokens and (for tiles) of pairs, quantised hidden; hidden values and counts of few
+    pairs; each thread's own."""
+    pairs = tokens * top_k + TOKENS
+    quantised = lines(input_bytes(tokens, dim)) + lines(input_bytes(pairs, dim)) + lines(input_bytes(pairs, inter))
+    kept = few(tokens, top_k) * k_blocks(inter) * (BLOCK_K + 1) * 4
+    return quantised + lines(kept) + parts * part_bytes(tokens)
 
 
 @shared
 def scratch_floats(tokens: int, top_k: int, dim: int, inter: int, parts: int) -> int:
-    """float32 values of scratch: x and hidden (a row a pair), quantised; for each thread one group of gates and ups."""
-    quantised = tokens * activation_bytes(dim) + tokens * top_k * activation_bytes(inter)
-    return quantised // 4 + parts * 2 * GROUP_FLOATS
+    """The same in float32 values."""
+    return scratch_bytes(tokens, top_k, dim, inter, parts) // 4
 
 
 @inner
-def _part_scratch(layer, part):  # type: ignore[no-untyped-def]
-    return layer.scratch + 4 * scratch_floats(layer.tokens, layer.top_k, layer.dim, layer.inter, part)
+def _token_inputs(layer):  # type: ignore[no-untyped-def]
+    return inputs_at(layer.scratch, layer.tokens, layer.dim, layer.code)
 
 
 @inner
-def _hidden(layer, index):  # type: ignore[no-untyped-def]
-    """Address of the quantised hidden row of a pair, by its place among the sorted pairs."""
-    return layer.scratch + layer.tokens * activation_bytes(layer.dim) + index * activation_bytes(layer.inter)
+def _pair_inputs(layer):  # type: ignore[no-untyped-def]
+    """x in the order of the sorted pairs."""
+    address = layer.scratch + lines(input_bytes(layer.tokens, layer.dim))
+    return inputs_at(address, layer.tokens * layer.top_k + TOKENS, layer.dim, layer.code)
 
 
 @inner
-def _token_input(layer, pairs, index, last):  # type: ignore[no-untyped-def]
-    return layer.scratch + pairs[min(index, last)] // layer.top_k * activation_bytes(layer.dim)
+def _hidden(layer):  # type: ignore[no-untyped-def]
+    """Hidden values in the order of the sorted pairs."""
+    pairs = layer.tokens * layer.top_k + TOKENS
+    address = _pair_inputs(layer).records + lines(input_bytes(pairs, layer.dim))
+    return inputs_at(address, pairs, layer.inter, layer.code)
 
 
 @inner
-def _quantise(layer, part, parts):  # type: ignore[no-untyped-def]
-    offset = offset_of_code(layer.code)
-    return quantise_share(layer.x, layer.tokens, layer.dim, offset, layer.scratch, part, parts)
+def _kept(layer):  # type: ignore[no-untyped-def]
+    """Address of the hidden values, float32 [few pairs, blocks of inter, 128]; behind it int32 [few, blocks] counts."""
+    hidden = _hidden(layer)
+    return hidden.records + lines(input_bytes(hidden.rows, layer.inter))
 
 
 @inner
-def _gate_up_tiles(layer, addresses, group, count, inputs, results):  # type: ignore[no-untyped-def]
-    """One group of 32 rows of w1 and w3: float32 [TOKEN_TILE, 32] each at `results`."""
+def _own(layer, team):  # type: ignore[no-untyped-def]
+    """A thread's own scratch."""
+    return layer.scratch + scratch_bytes(layer.tokens, layer.top_k, layer.dim, layer.inter, team.part)
+
+
+@inner
+def _by_pair(layer):  # type: ignore[no-untyped-def]
+    """Whether x is laid out once a pair: where some expert may use tiles."""
+    return uses_tiles(layer.granted, layer.tokens)
+
+
+@inner
+def _is_few(layer):  # type: ignore[no-untyped-def]
+    return layer.tokens * layer.top_k <= FEW_PAIRS
+
+
+@inner
+def _quantise_tokens(layer, team):  # type: ignore[no-untyped-def]
+    blocks, inputs = k_blocks(layer.dim), _token_inputs(layer)
+    first, end = share(layer.tokens * blocks, team.part, team.parts)
+    for number in range(first, end):
+        row, block = number // blocks, number % blocks
+        x = layer.x + (row * layer.dim + block * BLOCK_K) * 4
+        quantise(inputs, row, block, x, layer.dim - block * BLOCK_K)
+
+
+@inner
+def _spread_tokens(layer, team):  # type: ignore[no-untyped-def]
+    """One thread's share of the sorted pairs gets its tokens' quantised x."""
+    source, target = _token_inputs(layer), _pair_inputs(layer)
+    _, by_expert = sorted_pairs(layer)
+    first, end = share(layer.tokens * layer.top_k, team.part, team.parts)
+    for index in range(first, end):
+        copy_row(source, by_expert[index] // layer.top_k, target, index)
+
+
+@inner
+def _clear_counts(layer):  # type: ignore[no-untyped-def]
+    pairs, blocks = few(layer.tokens, layer.top_k), k_blocks(layer.inter)
+    floats(_kept(layer) + pairs * blocks * BLOCK_K * 4, (pairs * blocks,))[:] = 0
+
+
+@inner
+def _route(layer, team):  # type: ignore[no-untyped-def]
+    """Step 1; False for a wrong id, with nothing read or written out of bounds."""
+    sort_for_team(layer, team)
+    if team.part == 0:
+        _clear_counts(layer)
+    _quantise_tokens(layer, team)
+    barrier(team)
+    if not is_sorted(layer):
+        return False
+    if _by_pair(layer):
+        _spread_tokens(layer, team)
+        barrier(team)
+    return True
+
+
+@inner
+def _gate_up_rows(layer, start, end):  # type: ignore[no-untyped-def]
+    """Which inputs an expert's pairs, from `start` to `end` among the sorted ones, have."""
+    if _by_pair(layer):
+        return Rows(start, end - start, 0, 1)
+    return Rows(start, end - start, pairs_address(layer), layer.top_k)
+
+
+@inner
+def _gate_up_inputs(layer):  # type: ignore[no-untyped-def]
+    return _pair_inputs(layer) if _by_pair(layer) else _token_inputs(layer)
+
+
+@inner
+def _gate_up_tile(layer, team, pair, rows, tile, place):  # type: ignore[no-untyped-def]
+    """hidden[:, 16 tile : 16 tile + 16] of one expert's pairs. place: address and bytes from row to row."""
+    results = _own(layer, team)
+    scratch = results + padded_rows(layer.tokens) * (PAIR_ROWS + BLOCK_K) * 4
+    multiply_rows(_gate_up_inputs(layer), rows, pair, layer.granted, results, scratch)
+    count = min(TILE_ROWS, layer.inter - tile * TILE_ROWS)
+    for row in range(rows.count):
+        gates = floats(results + row * PAIR_ROWS * 4, (TILE_ROWS,))
+        silu_times(gates, floats(results + (row * PAIR_ROWS + TILE_ROWS) * 4, (TILE_ROWS,)))
+        floats(place[0] + row * place[1], (count,))[:] = gates[:count]
+
+
+@inner
+def _quantise_hidden(layer, rows, block, place):  # type: ignore[no-untyped-def]
+    hidden = _hidden(layer)
+    for row in range(rows.count):
+        quantise(hidden, rows.first + row, block, place[0] + row * place[1], layer.inter - block * BLOCK_K)
+
+
+@inner
+def _count_tile(layer, rows, block, tiles):  # type: ignore[no-untyped-def]
+    """Whether this was the last of the `tiles` tiles of an expert's block of hidden."""
+    pairs, blocks = few(layer.tokens, layer.top_k), k_blocks(layer.inter)
+    counts = _kept(layer) + pairs * blocks * BLOCK_K * 4
+    return add_word(counts + (rows.first * blocks + block) * 4, 1) == tiles - 1
+
+
+@inner
+def _hidden_place(layer, team, rows, block):  # type: ignore[no-untyped-def]
+    """Where a block's hidden values are gathered: address of the first row's, and bytes from row to row."""
+    if _is_few(layer):
+        stride = k_blocks(layer.inter) * BLOCK_K * 4
+        return _kept(layer) + rows.first * stride + block * BLOCK_K * 4, stride
+    return _own(layer, team) + padded_rows(layer.tokens) * PAIR_ROWS * 4, BLOCK_K * 4
+
+
+@inner
+def _unit_tiles(layer, node):  # type: ignore[no-untyped-def]
+    """The tiles of w1 and w3 that a node has, first and end, and how many a unit of step 2 takes."""
+    tiles = (layer.inter + TILE_ROWS - 1) // TILE_ROWS
+    first, end = share(k_blocks(layer.inter), node, layer.nodes)
+    return first * BLOCK_TILES, min(end * BLOCK_TILES, tiles), 1 if _is_few(layer) else BLOCK_TILES
+
+
+@inner
+def _unit(layer, node, number):  # type: ignore[no-untyped-def]
+    """Unit `number` of step 2 on a node: expert, first tile, end; expert -1 beyond the last."""
+    first, end, each = _unit_tiles(layer, node)
+    units = (end - first + each - 1) // each
+    count, experts = active_experts(layer)
+    if units == 0 or number >= count * units:
+        return -1, 0, 0
+    tile = first + number % units * each
+    return experts[number // units], tile, min(tile + each, end)
+
+
+@inner
+def _gate_up_pair(layer, node, unit, then):  # type: ignore[no-untyped-def]
+    """Addresses of a tile of w1 and of w3, and of those that come next. unit, then: expert and tile."""
+    table = integers(layer.table, (layer.nodes * layer.experts, TABLE_COLUMNS))
     blocks = k_blocks(layer.dim)
-    tile_bytes = blocks * block_bytes(layer.code)
-    for half in range(GROUP_TILES):
-        tile = group * GROUP_TILES + half
-        if tile * TILE_ROWS < layer.inter:
-            for matrix in range(2):
-                address = addresses[matrix] + tile * tile_bytes
-                result = results + (matrix * GROUP_FLOATS + half * TILE_ROWS) * 4
-                packed_tile(layer.code, address, count, inputs, blocks, result, GROUP * 4)
+    row, later = node * layer.experts + unit[0], node * layer.experts + then[0]
+    return (
+        tile_address(table[row, 0], unit[1], blocks, layer.code),
+        tile_address(table[row, 1], unit[1], blocks, layer.code),
+        tile_address(table[later, 0], then[1], blocks, layer.code),
+        tile_address(table[later, 1], then[1], blocks, layer.code),
+    )
 
 
 @inner
-def _store_hidden(layer, index, group, values):  # type: ignore[no-untyped-def]
-    """Quantise one group of a pair's hidden values, float32 [32]; the last group fills up its block, too."""
-    end = group + 1
-    if end * GROUP >= layer.inter:
-        end = k_blocks(layer.inter) * BLOCK_GROUPS
-    for number in range(group, end):
-        block = _hidden(layer, index) + number // BLOCK_GROUPS * ACTIVATION_BLOCK
-        left = layer.inter - number * GROUP
-        quantise_group(values, left, offset_of_code(layer.code), block, number % BLOCK_GROUPS)
+def _gate_up_unit(layer, team, node, unit, following):  # type: ignore[no-untyped-def]
+    """A unit of step 2. following: the unit that this thread takes next."""
+    expert, first, end = unit
+    starts, _ = sorted_pairs(layer)
+    rows = _gate_up_rows(layer, starts[expert], starts[expert + 1])
+    block = first // BLOCK_TILES
+    place = _hidden_place(layer, team, rows, block)
+    for tile in range(first, end):
+        then = (expert, tile + 1) if tile + 1 < end or following[0] < 0 else (following[0], following[1])
+        if tile + 1 >= end and following[0] < 0:
+            then = (expert, tile)
+        pair = _gate_up_pair(layer, node, (expert, tile), then)
+        column = (tile - block * BLOCK_TILES) * TILE_ROWS * 4
+        _gate_up_tile(layer, team, pair, rows, tile, (place[0] + column, place[1]))
+    if _is_few(layer):
+        tiles = min(BLOCK_TILES, (layer.inter + TILE_ROWS - 1) // TILE_ROWS - block * BLOCK_TILES)
+        if not _count_tile(layer, rows, block, tiles):
+            return
+    _quantise_hidden(layer, rows, block, place)
 
 
 @inner
-def _gate_up_group(layer, expert, pairs, group, results):  # type: ignore[no-untyped-def]
-    """hidden[pair, 32 group : 32 group + 32] for all pairs of one expert."""
-    start, end, by_expert = pairs
-    table = integers(layer.table, (layer.experts, TABLE_COLUMNS))
-    gates = floats(results, (GROUP_FLOATS,))
-    ups = floats(results + GROUP_FLOATS * 4, (GROUP_FLOATS,))
-    for first in range(start, end, TOKEN_TILE):
-        count = min(TOKEN_TILE, end - first)
-        inputs = (
-            _token_input(layer, by_expert, first, end - 1),
-            _token_input(layer, by_expert, first + 1, end - 1),
-            _token_input(layer, by_expert, first + 2, end - 1),
-            _token_input(layer, by_expert, first + 3, end - 1),
-        )
-        _gate_up_tiles(layer, (table[expert, 0], table[expert, 1]), group, count, inputs, results)
-        silu_times(gates, ups)
-        for t in range(count):
-            _store_hidden(layer, first + t, group, results + t * GROUP * 4)
+def _gate_up(layer, team, node):  # type: ignore[no-untyped-def]
+    """Step 2 for what one thread takes of a node's rows."""
+    unit = _unit(layer, node, take(team, GATE_UP + 2 * node, 1))
+    while unit[0] >= 0:
+        following = _unit(layer, node, take(team, GATE_UP + 2 * node, 1))
+        _gate_up_unit(layer, team, node, unit, following)
+        unit = following
 
 
 @inner
-def _steps(starts, expert):  # type: ignore[no-untyped-def]
-    """How often an expert's rows are multiplied: once for each 4 tokens."""
-    return (starts[expert + 1] - starts[expert] + TOKEN_TILE - 1) // TOKEN_TILE
-
-
-@inner
-def _gate_up(layer, part, parts):  # type: ignore[no-untyped-def]
-    """Step 2 for one thread's groups of rows; 1 when done.
-
-    The groups of all experts follow each other, each as long as its number of steps; a thread takes those that begin
-    in its part of the whole length.
-    """
-    starts, by_expert = sorted_pairs(layer)
-    groups = (layer.inter + GROUP - 1) // GROUP
-    length = 0
-    for expert in range(layer.experts):
-        length += groups * _steps(starts, expert)
-    begin, end = share(length, part, parts)
-    position = 0
-    for expert in range(layer.experts):
-        steps = _steps(starts, expert)
-        if steps == 0:
-            continue
-        pairs = (starts[expert], starts[expert + 1], by_expert)
-        first_group = min(groups, max(0, (begin - position + steps - 1) // steps))
-        end_group = min(groups, max(0, (end - position + steps - 1) // steps))
-        for group in range(first_group, end_group):
-            _gate_up_group(layer, expert, pairs, group, _part_scratch(layer, part))
-        position += groups * steps
-    return 1
-
-
-@inner
-def _down_tile(layer, tile, address, pairs, first, result):  # type: ignore[no-untyped-def]
-    """out[token, 16 tile : 16 tile + 16] += weight * (w2 hidden) for up to 4 pairs of one expert."""
-    end, by_expert = pairs
-    count = min(TOKEN_TILE, end - first)
+def _add_down(layer, results, start, count, tile):  # type: ignore[no-untyped-def]
+    """out[token, 16 tile : 16 tile + 32] += weight * results, for `count` sorted pairs from `start` on."""
+    _, by_expert = sorted_pairs(layer)
     weights = floats(layer.weights, (layer.tokens * layer.top_k,))
-    inputs = strided_inputs(_hidden(layer, first), activation_bytes(layer.inter), count)
-    packed_tile(layer.code, address, count, inputs, k_blocks(layer.inter), result, TILE_ROWS * 4)
-    values = floats(result, (TOKEN_TILE, TILE_ROWS))
-    for t in range(count):
-        pair = by_expert[first + t]
-        out = floats(layer.out + (pair // layer.top_k * layer.dim + tile * TILE_ROWS) * 4, (TILE_ROWS,))
-        for r in range(min(TILE_ROWS, layer.dim - tile * TILE_ROWS)):
-            out[r] += weights[pair] * values[t, r]
+    columns = min(PAIR_ROWS, layer.dim - tile * TILE_ROWS)
+    for row in range(count):
+        pair = by_expert[start + row]
+        values = floats(results + row * PAIR_ROWS * 4, (PAIR_ROWS,))
+        out = floats(layer.out + (pair // layer.top_k * layer.dim + tile * TILE_ROWS) * 4, (PAIR_ROWS,))
+        weight = weights[pair]
+        if columns == PAIR_ROWS:
+            for column in range(PAIR_ROWS):
+                out[column] += weight * values[column]
+        else:
+            for column in range(columns):
+                out[column] += weight * values[column]
 
 
 @inner
-def _down(layer, part, parts):  # type: ignore[no-untyped-def]
-    """Step 3 for one thread's columns of out."""
-    starts, by_expert = sorted_pairs(layer)
-    table = integers(layer.table, (layer.experts, TABLE_COLUMNS))
-    tile_bytes = k_blocks(layer.inter) * block_bytes(layer.code)
-    first_tile, end_tile = share((layer.dim + TILE_ROWS - 1) // TILE_ROWS, part, parts)
-    floats(layer.out, (layer.tokens, layer.dim))[:, first_tile * TILE_ROWS : end_tile * TILE_ROWS] = 0
-    for expert in range(layer.experts):
-        for tiles in range(first_tile, end_tile, TILES_TOGETHER):
-            for first in range(starts[expert], starts[expert + 1], TOKEN_TILE):
-                for tile in range(tiles, min(tiles + TILES_TOGETHER, end_tile)):
-                    address = table[expert, 2] + tile * tile_bytes
-                    pairs = (starts[expert + 1], by_expert)
-                    _down_tile(layer, tile, address, pairs, first, _part_scratch(layer, part))
+def _column_unit(layer, team, node, number):  # type: ignore[no-untyped-def]
+    """Unit `number` of step 3 on a node: its first tile of w2 and the end; empty beyond the last."""
+    first, end = share((layer.dim + TILE_ROWS - 1) // TILE_ROWS, node, layer.nodes)
+    each = max(2, min(MOST_COLUMN_TILES, (end - first) * layer.nodes // (COLUMN_UNITS * team.parts)) // 2 * 2)
+    return min(first + number * each, end), min(first + (number + 1) * each, end)
 
 
-def _packed_moe(x, ids, weights, table, out, order, scratch, tokens, top_k, experts, dim, inter, code, parts):  # type: ignore[no-untyped-def]
-    """One layer; the arguments are the fields of Layer. 1 when done, 0 if an id is not in 0 .. experts - 1."""
-    layer = Layer(x, ids, weights, table, out, order, scratch, tokens, top_k, experts, dim, inter, code)
-    if not sort_pairs(layer):
+@inner
+def _down_pair(layer, node, unit, then):  # type: ignore[no-untyped-def]
+    """Addresses of two tiles of w2, and of those that come next. unit, then: expert, first tile, end."""
+    table = integers(layer.table, (layer.nodes * layer.experts, TABLE_COLUMNS))
+    blocks = k_blocks(layer.inter)
+    here, later = table[node * layer.experts + unit[0], 2], table[node * layer.experts + then[0], 2]
+    return (
+        tile_address(here, unit[1], blocks, layer.code),
+        tile_address(here, min(unit[1] + 1, unit[2] - 1), blocks, layer.code),
+        tile_address(later, then[1], blocks, layer.code),
+        tile_address(later, min(then[1] + 1, then[2] - 1), blocks, layer.code),
+    )
+
+
+@inner
+def _down_expert(layer, team, node, expert, unit, then):  # type: ignore[no-untyped-def]
+    """One expert's part of a unit of columns. then: expert, first tile and end of what is read after it."""
+    results = _own(layer, team)
+    scratch = results + padded_rows(layer.tokens) * (PAIR_ROWS + BLOCK_K) * 4
+    starts, _ = sorted_pairs(layer)
+    start, count = starts[expert], starts[expert + 1] - starts[expert]
+    for tile in range(unit[0], unit[1], 2):
+        later = (expert, tile + 2, unit[1]) if tile + 2 < unit[1] else then
+        pair = _down_pair(layer, node, (expert, tile, unit[1]), later)
+        multiply_rows(_hidden(layer), Rows(start, count, 0, 1), pair, layer.granted, results, scratch)
+        _add_down(layer, results, start, count, tile)
+
+
+@inner
+def _down_unit(layer, team, node, unit, following):  # type: ignore[no-untyped-def]
+    """All experts' part of a unit of columns."""
+    first, end = unit[0] * TILE_ROWS, min(unit[1] * TILE_ROWS, layer.dim)
+    floats(layer.out, (layer.tokens, layer.dim))[:, first:end] = 0
+    count, experts = active_experts(layer)
+    for number in range(count):
+        expert = experts[number]
+        if number + 1 < count:
+            then = (experts[number + 1], unit[0], unit[1])
+        elif following[0] < following[1]:
+            then = (experts[0], following[0], following[1])
+        else:
+            then = (expert, unit[0], unit[1])
+        _down_expert(layer, team, node, expert, unit, then)
+
+
+@inner
+def _down(layer, team, node):  # type: ignore[no-untyped-def]
+    """Step 3 for what one thread takes of a node's columns."""
+    unit = _column_unit(layer, team, node, take(team, DOWN + 2 * node, 1))
+    while unit[0] < unit[1]:
+        following = _column_unit(layer, team, node, take(team, DOWN + 2 * node, 1))
+        _down_unit(layer, team, node, unit, following)
+        unit = following
+
+
+@inner
+def _nodes_of(layer, team):  # type: ignore[no-untyped-def]
+    """The nodes whose rows a thread computes: its own, or several where there are fewer threads than nodes."""
+    if team.parts < layer.nodes:
+        return share(layer.nodes, team.part, team.parts)
+    node = team.part * layer.nodes // team.parts
+    return node, node + 1
+
+
+def _packed_moe(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
+    """One layer; the arguments are the fields of PackedLayer. Part 0 returns 1, or 0 if an id is out of range."""
+    layer, team = PackedLayer(*arguments_of(arguments, PACKED_FIELDS)), Team(part, parts, sync)
+    if not _route(layer, team):
         return 0
-    if parts == 1:
-        _quantise(layer, 0, 1)
-        _gate_up(layer, 0, 1)
-        _down(layer, 0, 1)
-        return 1
-    done = 0  # keeps Numba from fusing the loops (moe.py)
-    if tokens * dim < SERIAL_VALUES:
-        done = parts * _quantise(layer, 0, 1)
-    else:
-        for part in prange(parts):
-            done += _quantise(layer, part, parts)
-    if done < parts:
-        return 0
-    for part in prange(parts):
-        done += _gate_up(layer, part, parts)
-    if done < 2 * parts:
-        return 0
-    for part in prange(parts):
-        _down(layer, part, parts)
-    return 1
+    first, end = _nodes_of(layer, team)
+    use_tile_unit(layer.granted, layer.tokens, True)
+    for node in range(first, end):
+        _gate_up(layer, team, node)
+    barrier(team)
+    for node in range(first, end):
+        _down(layer, team, node)
+    use_tile_unit(layer.granted, layer.tokens, False)
+    return 1 if part == 0 else 0
 
 
-packed_moe_experts = Kernel(_packed_moe, SIGNATURE)
+packed_moe_experts = Kernel(_packed_moe)

@@ -10,7 +10,6 @@ from quant.packed import BLOCK_K, ExpertRecord, PackedFormat
 from quant.packing import Bytes, float_of_bf16, levels_of, unpack
 
 Array = NDArray[np.float64]
-ACTIVATION_GROUP = 32  # values that share a scale
 
 
 def decode_fp8(data: NDArray[np.uint8]) -> Array:
@@ -61,16 +60,16 @@ def moe_experts(
 
 
 def quantise_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """x [T, K] in groups of 32 (docs/formats.md): q [T, K filled up with zeros to whole blocks] and scales [T, groups].
+    """x [T, K] in blocks of 128 (docs/formats.md): q [T, blocks, 128], filled up with zeros, and scales [T, blocks].
 
     Where 127 / max|x| overflows, the largest float32 takes its place. q is 0 where it would be no number.
     """
-    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK_K))).reshape(len(x), -1, ACTIVATION_GROUP)
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK_K))).reshape(len(x), -1, BLOCK_K)
     largest = np.abs(padded).max(axis=2)
     with np.errstate(all="ignore"):
         inverse = np.minimum(np.float32(127) / largest, np.finfo(np.float32).max)
         q = np.rint(padded * inverse[:, :, None])
-    return np.where(np.isnan(q), 0, q).astype(np.int8).reshape(len(x), -1), largest / np.float32(127)
+    return np.where(np.isnan(q), 0, q).astype(np.int8), largest / np.float32(127)
 
 
 def multiply_add(
@@ -100,19 +99,13 @@ def packed_linear(
     """
     q, x_scales = quantise_activations(x)
     stored = unpack(data, fmt, shape)
-    products = np.einsum(
-        "tgk,ngk->tng",
-        *(values.reshape(len(values), -1, fmt.group).astype(np.int64) for values in (q, levels_of(stored.codes, fmt))),
-    )
-    if stored.block_scales is None:
-        integers, scales = products, float_of_bf16(stored.scales.astype(np.uint16))
-    else:
-        integers = (products * stored.scales).reshape(*products.shape[:2], -1, 2).sum(axis=3)
-        scales = float_of_bf16(stored.block_scales).repeat(BLOCK_K // ACTIVATION_GROUP, axis=1)
-    out = np.zeros(products.shape[:2], np.float32)
-    for group in range(x_scales.shape[1]):
-        both = scales[None, :, group] * x_scales[:, group, None]
-        out = multiply_add(integers[:, :, group].astype(np.float32), both, out, fused)
+    d = float_of_bf16(stored.block_scales)
+    whole = levels_of(stored.codes, fmt) * stored.integers.astype(np.int64).repeat(fmt.group, axis=1)
+    sums = np.einsum("tbk,nbk->tnb", q.astype(np.int64), whole.reshape(len(whole), -1, BLOCK_K))
+    out = np.zeros(sums.shape[:2], np.float32)
+    for block in range(sums.shape[2]):
+        both = d[None, :, block] * x_scales[:, block, None]
+        out = multiply_add(sums[:, :, block].astype(np.float32), both, out, fused)
     return out[:, : shape[0]]
 
 
