@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import platform
 import secrets
 import shutil
 import sys
@@ -110,7 +111,8 @@ def _fingerprint() -> str:
     for source in sorted([*SOURCES.glob("kernels/*.py"), *(SOURCES / name for name in MORE_SOURCES)]):
         digest.update(source.name.encode() + source.read_bytes())
     config: Any = numba.config
-    target = f"{config.CPU_NAME} {config.CPU_FEATURES} {isa.current()}"
-    host = f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}"
-    digest.update(f"{numba.__version__} {llvmlite.__version__} {sys.version} {host} {target}".encode())
+    processor = binding.get_host_cpu_name() if config.CPU_NAME is None else config.CPU_NAME
+    features = binding.get_host_cpu_features().flatten() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    versions = f"{numba.__version__} {llvmlite.__version__} {sys.version}"
+    digest.update(f"{versions} {platform.machine()} {processor} {features} {isa.current()}".encode())
     return digest.hexdigest()[:16]
