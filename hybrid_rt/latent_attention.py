@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 
 from hybrid_rt.cache import LatentCache
+from quant import model_ops
+from quant.operators import with_cpu_kernel
 
 # Tokens; beyond, decompressing a block costs less than the wider absorbed scores. At R1's widths both count the same
 # operations at 171 tokens; measured, the break-even lies between 128 and 192.
@@ -72,6 +74,10 @@ class OnlineSoftmax:
         return self.sums[2] / self.sums[1]
 
 
+@with_cpu_kernel(
+    "attend_decompressed(Tensor q_nope, Tensor q_pe, Tensor cached, Tensor wkv_b, float scale) -> Tensor",
+    model_ops.attend_decompressed,
+)
 def attend_decompressed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -89,6 +95,10 @@ def attend_decompressed(
     return softmax.result().transpose(0, 1).to(q_nope.dtype)
 
 
+@with_cpu_kernel(
+    "attend_absorbed(Tensor q_nope, Tensor q_pe, Tensor cached, Tensor wkv_b, float scale) -> Tensor",
+    model_ops.attend_absorbed,
+)
 def attend_absorbed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
