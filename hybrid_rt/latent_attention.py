@@ -37,7 +37,7 @@ class CachedAttention:
     ) -> torch.Tensor:
         """Store the tokens' latents, then attend to all up to them.
 
-        wkv_b: float32 [H, nope + v, C]. Returns [T, H, v].
+        wkv_b: [H, nope + v, C]. Returns [T, H, v].
         """
         cached = self.cache.write(layer, self.start, latent)
         absorbed = q_nope.shape[0] <= ABSORBED_UP_TO
@@ -82,6 +82,7 @@ def attend_decompressed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """For many queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
+    wkv_b = wkv_b.float()
     heads, width, lora = wkv_b.shape
     nope, rope = q_nope.shape[-1], q_pe.shape[-1]
     queries = torch.cat([q_nope, q_pe], dim=-1).float().transpose(0, 1) * scale  # [H, T, nope + rope]
@@ -103,7 +104,7 @@ def attend_absorbed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """For few queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
-    lora, nope = wkv_b.shape[2], q_nope.shape[-1]
+    lora, nope, wkv_b = wkv_b.shape[2], q_nope.shape[-1], wkv_b.float()
     w_uk, w_uv = wkv_b[:, :nope], wkv_b[:, nope:]
     q_latent = q_nope.float().transpose(0, 1) @ w_uk  # [H, T, C]
     queries = torch.cat([q_latent, q_pe.float().transpose(0, 1)], dim=-1) * scale

@@ -103,9 +103,10 @@ def _check_attention(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor
     code = _code(q_nope, 3)
     (tokens, heads, nope), rope, seen = q_nope.shape, q_pe.shape[-1], cached.shape[0]
     width, lora = wkv_b.shape[1:]
-    _check("wkv_b", wkv_b, (heads, width, lora))
-    alike = _code(q_pe, 3) == _code(cached, 2) == code and cached.is_contiguous()
-    if not alike or q_pe.shape[:2] != (tokens, heads) or cached.shape[1] != lora + rope or not tokens <= seen:
+    alike = _code(q_pe, 3) == _code(cached, 2) == code
+    whole = _code(wkv_b, 3) in (F32_CODE, BF16_CODE) and wkv_b.is_contiguous() and cached.is_contiguous()
+    shapes_fit = q_pe.shape[:2] == (tokens, heads) and cached.shape[1] == lora + rope and wkv_b.shape[0] == heads
+    if not (alike and whole and shapes_fit and tokens <= seen):
         shapes = [(t.dtype, tuple(t.shape)) for t in (q_nope, q_pe, cached, wkv_b)]
         raise ValueError(f"queries, cached latents and wkv_b do not fit together: {shapes}")
     return _Sizes(tokens, seen, heads, nope, rope, width - nope, lora), code
@@ -119,7 +120,7 @@ def _query_strides(q_nope: Tensor, q_pe: Tensor) -> tuple[int, ...]:
 def attend_absorbed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor, scale: float) -> Tensor:
     """q_nope [T, H, nope], q_pe [T, H, rope] and cached [N, C + rope] of one dtype, float32 or bfloat16.
 
-    wkv_b float32 [H, nope + v, C]. Returns [T, H, v] in that dtype.
+    wkv_b [H, nope + v, C] of float32 or bfloat16. Returns [T, H, v] in q_nope's dtype.
     """
     sizes, code = _check_attention(q_nope, q_pe, cached, wkv_b)
     tokens, seen, heads, nope, rope, value, lora = sizes
@@ -128,8 +129,8 @@ def attend_absorbed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor,
     parts = min(heads, parts_for(work))
     scratch = torch.empty(parts * absorbed.scratch_floats(tokens, nope, rope, lora))
     addresses = (t.data_ptr() for t in (q_nope, q_pe, cached, wkv_b, out, scratch))
-    strides = _query_strides(q_nope, q_pe)
-    call(absorbed.attend_absorbed, (*addresses, *sizes, *strides, _float_bits(scale), code), parts)
+    rest = (*_query_strides(q_nope, q_pe), _float_bits(scale), code, CODES[wkv_b.dtype])
+    call(absorbed.attend_absorbed, (*addresses, *sizes, *rest), parts)
     return out
 
 

@@ -131,8 +131,10 @@ def attention_inputs(tokens: int, seen: int, dtype: torch.dtype, heads: int = 5)
     ("tokens", "seen"), [(1, 1), (1, 63), (1, 64), (1, 65), (1, 1000), (3, 70), (33, 40), (128, 300)]
 )
 def test_both_forms_of_attention(tokens: int, seen: int, dtype: torch.dtype) -> None:
+    q_nope, q_pe, cached, wkv_b, scale = attention_inputs(tokens, seen, dtype)
     for form in (attend_absorbed, attend_decompressed):
-        assert_alike(form, *attention_inputs(tokens, seen, dtype))
+        assert_alike(form, q_nope, q_pe, cached, wkv_b, scale)
+        assert_alike(form, q_nope, q_pe, cached, wkv_b.bfloat16(), scale)
 
 
 @pytest.mark.parametrize("form", [attend_absorbed, attend_decompressed], ids=["absorbed", "decompressed"])

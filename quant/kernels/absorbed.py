@@ -21,11 +21,11 @@ from quant.kernels.online_softmax import (
     attend_tile,
     begin,
     copy_scaled,
-    dot_many,
+    dot,
     dot_one,
     finish,
     rows_of,
-    weigh_many,
+    weigh,
     weigh_one,
 )
 from quant.kernels.plain import halves, put
@@ -41,7 +41,7 @@ class Attention(NamedTuple):
     q_nope: int  # [tokens, heads, nope]
     q_pe: int  # [tokens, heads, rope]
     cached: int  # [seen, lora + rope]
-    wkv_b: int  # float32 [heads, nope + value, lora]
+    wkv_b: int  # [heads, nope + value, lora]
     out: int  # [tokens, heads, value]
     scratch: int  # float32 [parts, scratch_floats]
     tokens: int
@@ -57,6 +57,7 @@ class Attention(NamedTuple):
     pe_head: int
     scale: int  # float32 bits
     code: int  # of q_nope, q_pe, cached and out
+    wkv_code: int
 
 
 ATTENTION_FIELDS = len(Attention._fields)
@@ -112,13 +113,14 @@ def _open_head(attention, wide, head):  # type: ignore[no-untyped-def]
 def _absorb(attention, queries, wide, head, row):  # type: ignore[no-untyped-def]
     """queries[row + token] for the tokens of one head: zero before, their latent part after."""
     tokens, nope, lora, spare = attention.tokens, attention.nope, attention.lora, rows_at_most(attention.tokens) - 1
-    matrix = attention.wkv_b + head * (nope + attention.value) * lora * 4
+    stride = lora * (4 >> attention.wkv_code)
+    matrix = attention.wkv_b + head * (nope + attention.value) * stride
     for first in range(0, nope, ROW_TILE):
-        sources = rows_of(matrix, lora * 4, first, nope - 1)
+        sources = rows_of(matrix, stride, first, nope - 1)
         for token in range(0, tokens, TOKEN_TILE):
             shares = wide + (token * padded(nope) + first) * 4
             if tokens == 1:
-                weigh_one(sources, shares, 0, (queries.values + row * queries.stride,), lora)
+                weigh_one(attention.wkv_code, sources, shares, queries.values + row * queries.stride, lora)
                 continue
             targets = (
                 queries.values + (row + token) * queries.stride,
@@ -126,7 +128,7 @@ def _absorb(attention, queries, wide, head, row):  # type: ignore[no-untyped-def
                 queries.values + (row + token + 2 if token + 2 < tokens else spare) * queries.stride,
                 queries.values + (row + token + 3 if token + 3 < tokens else spare) * queries.stride,
             )
-            weigh_many(sources, shares, padded(nope) * 4, targets, lora)
+            weigh(attention.wkv_code, sources, shares, padded(nope) * 4, targets, lora)
 
 
 @inner
@@ -163,17 +165,18 @@ def _expand(attention, queries, head, row):  # type: ignore[no-untyped-def]
     tokens, lora = attention.tokens, attention.lora
     for token in range(tokens):
         finish(queries, row + token, lora)
-    matrix = attention.wkv_b + (head * (attention.nope + attention.value) + attention.nope) * lora * 4
+    wide = lora * (4 >> attention.wkv_code)
+    matrix = attention.wkv_b + (head * (attention.nope + attention.value) + attention.nope) * wide
     tile = floats(queries.tiles, (TOKEN_TILE, ROW_TILE))
     for first in range(0, attention.value, ROW_TILE):
-        sources = rows_of(matrix, lora * 4, first, attention.value - 1)
+        sources = rows_of(matrix, wide, first, attention.value - 1)
         for token in range(0, tokens, TOKEN_TILE):
             count, stride = min(TOKEN_TILE, tokens - token), queries.weighted_stride
             inputs = strided_inputs(queries.weighted + (row + token) * stride, stride, count)
             if tokens == 1:
-                dot_one(sources, (inputs[0],), 0, lora, queries.tiles)
+                dot_one(attention.wkv_code, sources, inputs[0], lora, queries.tiles)
             else:
-                dot_many(sources, inputs, 0, lora, queries.tiles)
+                dot(attention.wkv_code, sources, inputs, lora, queries.tiles)
             for number in range(count):
                 _write(attention, token + number, head, first, tile[number])
 

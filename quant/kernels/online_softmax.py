@@ -118,10 +118,46 @@ def _factor(builder: Any, shares: Any, stride: Any, t: int, r: int) -> Any:
     return splat(builder, value, VF)
 
 
-dot_one, dot_many, _dot_bf16 = make_dot(F32_CODE, 1), make_dot(F32_CODE, TOKEN_TILE), make_dot(BF16_CODE, TOKEN_TILE)
-weigh_one, weigh_many, _weigh_bf16 = (
-    make_weigh(code, rows) for code, rows in ((F32_CODE, 1), (F32_CODE, TOKEN_TILE), (BF16_CODE, TOKEN_TILE))
-)
+_dot_f32, _dot_bf16 = (make_dot(code, TOKEN_TILE) for code in (F32_CODE, BF16_CODE))
+_dot_one_f32, _dot_one_bf16 = (make_dot(code, 1) for code in (F32_CODE, BF16_CODE))
+_weigh_f32, _weigh_bf16 = (make_weigh(code, TOKEN_TILE) for code in (F32_CODE, BF16_CODE))
+_weigh_one_f32, _weigh_one_bf16 = (make_weigh(code, 1) for code in (F32_CODE, BF16_CODE))
+
+
+@inner
+def dot(code, sources, inputs, k, result):  # type: ignore[no-untyped-def]
+    """float32 [4, 4] at `result` = 4 inputs, float32, times 4 source rows of `k` values; all are addresses."""
+    if code == BF16_CODE:
+        _dot_bf16(sources, inputs, 0, k, result)
+    else:
+        _dot_f32(sources, inputs, 0, k, result)
+
+
+@inner
+def dot_one(code, sources, values, k, result):  # type: ignore[no-untyped-def]
+    """The first row of `dot`."""
+    if code == BF16_CODE:
+        _dot_one_bf16(sources, (values,), 0, k, result)
+    else:
+        _dot_one_f32(sources, (values,), 0, k, result)
+
+
+@inner
+def weigh(code, sources, shares, stride, targets, k):  # type: ignore[no-untyped-def]
+    """Add 4 source rows of `k` values to each of 4 targets, weighted (make_weigh)."""
+    if code == BF16_CODE:
+        _weigh_bf16(sources, shares, stride, targets, k)
+    else:
+        _weigh_f32(sources, shares, stride, targets, k)
+
+
+@inner
+def weigh_one(code, sources, shares, target, k):  # type: ignore[no-untyped-def]
+    """The same with one target."""
+    if code == BF16_CODE:
+        _weigh_one_bf16(sources, shares, 0, (target,), k)
+    else:
+        _weigh_one_f32(sources, shares, 0, (target,), k)
 
 
 @inner
@@ -165,10 +201,7 @@ def _score(queries, row, keys, count):  # type: ignore[no-untyped-def]
     inputs = strided_inputs(queries.values + row * queries.stride, queries.stride, TOKEN_TILE)
     for key in range(0, count, ROW_TILE):
         sources = rows_of(keys.keys, keys.stride, key, keys.size - 1)
-        if keys.code == BF16_CODE:
-            _dot_bf16(sources, inputs, 0, keys.width, result)
-        else:
-            dot_many(sources, inputs, 0, keys.width, result)
+        dot(keys.code, sources, inputs, keys.width, result)
         for number in range(TOKEN_TILE):
             for column in range(ROW_TILE):
                 scores[number, key + column] = tile[number, column]
@@ -239,10 +272,7 @@ def attend_tile(queries, row, keys):  # type: ignore[no-untyped-def]
     targets = strided_inputs(queries.weighted + row * queries.weighted_stride, queries.weighted_stride, TOKEN_TILE)
     for key in range(0, most, ROW_TILE):
         sources = rows_of(keys.values, keys.value_stride, key, keys.size - 1)
-        if keys.code == BF16_CODE:
-            _weigh_bf16(sources, queries.tiles + key * 4, BLOCK * 4, targets, keys.value_width)
-        else:
-            weigh_many(sources, queries.tiles + key * 4, BLOCK * 4, targets, keys.value_width)
+        weigh(keys.code, sources, queries.tiles + key * 4, BLOCK * 4, targets, keys.value_width)
 
 
 @inner
