@@ -1,0 +1,47 @@
+"""Rounds of workers' runs, and how much of the machine others took meanwhile."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import psutil
+
+from benchmarks.workers import Worker
+from offload.benchmark.measure import Effort, Run, Runs, alternate
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Runs by kind, of as many rounds of one run each. foreign: cores that others, hypervisor included, kept busy."""
+
+    runs: Mapping[str, Runs]
+    foreign: float
+
+    def ratios(self, slower: str, faster: str) -> tuple[float, float, float]:
+        """How many times as long `slower` took, round by round: lower quartile, median, upper quartile."""
+        pairs = zip(self.runs[slower].runs, self.runs[faster].runs, strict=True)
+        values = [one.seconds / other.seconds for one, other in pairs]
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        return low, median(values), high
+
+
+def measure(kinds: Mapping[str, Callable[[], Run]], workers: Sequence[Worker], effort: Effort) -> Measured:
+    """Run all kinds in turn, while `workers` do the work."""
+    begin, busy, own = time.perf_counter(), _busy_seconds(), _own_seconds(workers)
+    runs = alternate(*kinds.values(), effort=effort)
+    elapsed = time.perf_counter() - begin
+    foreign = (_busy_seconds() - busy - (_own_seconds(workers) - own)) / elapsed
+    return Measured(dict(zip(kinds, runs, strict=True)), max(0.0, foreign))
+
+
+def _busy_seconds() -> float:
+    """Processor time of all cores together that was not idle, stolen time included."""
+    times = psutil.cpu_times()
+    counted = ("user", "nice", "system", "irq", "softirq", "steal")
+    return sum(float(getattr(times, name, 0.0)) for name in counted)
+
+
+def _own_seconds(workers: Sequence[Worker]) -> float:
+    times = psutil.Process().cpu_times()
+    return float(times.user + times.system) + sum(worker.cpu_seconds() for worker in workers)
