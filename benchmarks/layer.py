@@ -113,8 +113,6 @@ def fits(method: str, fmt: PackedFormat, experts: int, available: int) -> bool:
     peer_bytes = peer.layer_bytes(config, experts)
     ours_bytes = experts * ExpertRecord(fmt, config.dim, config.moe_inter_dim).nbytes
     needed = max(peer.copies * peer_bytes, peer_bytes + ours_bytes) + SPARE_BYTES
-    if method == "LLAMAFILE":  # it keeps reading its source beside its copy
-        needed = peer.copies * peer_bytes + ours_bytes + SPARE_BYTES
     if needed > available:
         say(
             f"{method} beside {fmt.name} is left out: it needs {format_size(needed)}, free are {format_size(available)}"

@@ -25,8 +25,8 @@ class Method:
 
 METHODS = {
     "AMXINT4": Method(4, 1 / 2),
-    "RAWINT4": Method(4, 1 / 2 + 2 / GROUP, copies=2),
-    "LLAMAFILE": Method(4, (2 * Q4_K_BYTES + Q6_K_BYTES) / (3 * GGML_BLOCK), copies=2),
+    "RAWINT4": Method(4, 1 / 2 + 2 / GROUP, copies=3),
+    "LLAMAFILE": Method(4, (2 * Q4_K_BYTES + Q6_K_BYTES) / (3 * GGML_BLOCK)),
     "AMXINT8": Method(8, 1),
 }
 
