@@ -117,7 +117,7 @@ def _probe(peer: Peer, folder: Path) -> str | None:
 
 def _install(peer: Peer, folder: Path) -> None:
     venv.create(folder, with_pip=True, clear=True)
-    command = [_python(folder), "-m", "pip", "install", "--no-cache-dir", *peer.requirements]
+    command = [str(_python(folder)), "-m", "pip", "install", "--no-cache-dir", *peer.requirements]
     done = subprocess.run(command, env={**os.environ, **peer.build}, stdout=sys.stderr)
     if done.returncode:
         raise Dsr1Error(

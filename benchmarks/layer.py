@@ -18,7 +18,7 @@ import psutil
 from benchmarks.environments import KT, Environment, default_folder, describe, environment
 from benchmarks.layer_setup import METHODS, Method, Setup, r1_config
 from benchmarks.rounds import Measured, measure
-from benchmarks.tables import machine, machine_line, markdown_table, with_quartiles, write_json
+from benchmarks.tables import machine, machine_line, markdown_table, parse_names, with_quartiles, write_json
 from benchmarks.workers import ROOT, Worker
 from cli.bench import parse_tokens
 from cli.escape import say
@@ -62,7 +62,7 @@ class Row:
     def cells(self) -> list[str]:
         """For people."""
         ours, peer, read = (self.measured.runs[kind] for kind in ("ours", "peer", "read"))
-        low, ratio, high = self.measured.ratios("peer", "ours")
+        low, ratio, high = self.measured.ratios
         return [
             self.method,
             self.format,
@@ -78,22 +78,17 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
-        low, ratio, high = self.measured.ratios("peer", "ours")
+        low, ratio, high = self.measured.ratios
         return {
             "method": self.method,
             "format": self.format,
             "threads": self.setup.threads,
             "tokens": self.tokens,
-            "rounds": len(self.measured.runs["ours"].runs),
-            **{
-                f"{kind}_ms": [1e3 * seconds for seconds in (runs.seconds, *runs.seconds_quartiles)]
-                for kind, runs in self.measured.runs.items()
-            },
+            **self.measured.to_json(),
             **{f"{kind}_bytes": runs.nbytes for kind, runs in self.measured.runs.items()},
             "ratio": [ratio, low, high],
             "read_gb_s": self.measured.runs["read"].bytes_s / 1e9,
             "floor_share": self.floor_share,
-            "foreign_cores": self.measured.foreign,
         }
 
 
@@ -181,15 +176,6 @@ def error_table(ours: dict[str, float], peers: dict[str, float]) -> str:
     rows = [[f"dsr1 {name}", f"{error:.3f}"] for name, error in ours.items()]
     rows += [[f"kt-kernel {name}", f"{error:.3f}"] for name, error in peers.items()]
     return markdown_table(("format", "error of the layer"), rows)
-
-
-def parse_names(text: str, known: Sequence[str]) -> list[str]:
-    """Names from "a,b". Raises Dsr1Error for one that is not known."""
-    names = [name for name in text.split(",") if name]
-    for name in names:
-        if name not in known:
-            raise Dsr1Error(f"there is no {name!r} to measure; give some of {','.join(known)}")
-    return names
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Writes a store of a published model's shape with random weights, to time a model that is not at hand.
 
-python -m benchmarks.random_store DIR [--shape moonlight] [--experts fast] [--linears fast] [--layers N]
+python -m benchmarks.random_store DIR [--shape moonlight] [--experts fast] [--linears fast] [--routed N]
 
 `dsr1 bench DIR` runs it. Its linears are kept in one format only, so that it has as many bits a weight as another
 program's file. Weights are Gaussian and encoded as real ones are, 256 rows of each width; matrices are put together of
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from cli.bench import SHAPES
+from benchmarks.model_setup import BOS, EOS, SHAPES, shape_fields, token_names
 from cli.escape import say
 from quant.config import parse_config
 from quant.convert import MATRICES
@@ -35,7 +35,6 @@ from quant.manifest import MANIFEST_NAME, FileRecord, Manifest
 from quant.packed import PACKED_FORMATS, TILE_ROWS, PackedFormat, tiles
 from quant.recipes import Recipe
 from quant.safetensors_writer import write_safetensors
-from quant.shapes import KNOWN_MODELS
 from quant.store import CONFIG_NAME
 from quant.store_layout import StoreEntry, plan_store
 
@@ -122,21 +121,17 @@ def write_store(folder: Path, fields: dict[str, Any], experts: PackedFormat, lin
 
 
 def _write_texts(folder: Path, fields: dict[str, Any], vocab: int) -> None:
-    """config.json, and a tokenizer whose tokens are called t0, t1 ..."""
+    """config.json, and a tokenizer of any words."""
     (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2), encoding="utf-8")
-    names = {f"t{number}": number for number in range(vocab)}
-    Tokenizer(WordLevel(names, unk_token="t0")).save(str(folder / TOKENIZER))
-    (folder / TOKENIZER_CONFIG).write_text(json.dumps({"bos_token": "t0", "eos_token": "t1"}))
+    names = token_names(vocab)
+    Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token=names[BOS])).save(
+        str(folder / TOKENIZER)
+    )
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps({"bos_token": names[BOS], "eos_token": names[EOS]}))
 
 
 def _record_of(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, sha256_of(path))
-
-
-def shape_fields(name: str, layers: int | None = None) -> dict[str, Any]:
-    """config.json of a shape, of fewer layers if `layers` says so, and without MTP layers, which bench does not run."""
-    fields = {**KNOWN_MODELS[SHAPES[name]], "num_nextn_predict_layers": 0, "bos_token_id": 0, "eos_token_id": 1}
-    return fields if layers is None else {**fields, "num_hidden_layers": layers}
 
 
 def main() -> None:
@@ -145,10 +140,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="moonlight")
     parser.add_argument("--experts", choices=PACKED_FORMATS, default="fast")
     parser.add_argument("--linears", choices=PACKED_FORMATS, default="fast")
-    parser.add_argument("--layers", type=int, help="fewer than the model has, for a quick try")
+    parser.add_argument("--routed", type=int, help="fewer routed experts than the model has, for a quick try")
     told = parser.parse_args()
     manifest = write_store(
-        told.folder, shape_fields(told.shape, told.layers), PACKED_FORMATS[told.experts], PACKED_FORMATS[told.linears]
+        told.folder, shape_fields(told.shape, told.routed), PACKED_FORMATS[told.experts], PACKED_FORMATS[told.linears]
     )
     print(f"{told.folder}: {sum(file.nbytes for file in manifest.files.values()) / 1e9:.2f} GB")
 

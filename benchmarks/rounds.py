@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import quantiles
+from typing import Any
 
 import psutil
 
@@ -13,17 +14,28 @@ from offload.benchmark.measure import Effort, Run, Runs, alternate
 
 @dataclass(frozen=True)
 class Measured:
-    """Runs by kind, of as many rounds of one run each. foreign: cores that others, hypervisor included, kept busy."""
+    """Rounds of one run of each kind. foreign: cores that others, hypervisor included, kept busy meanwhile."""
 
     runs: Mapping[str, Runs]
     foreign: float
 
-    def ratios(self, slower: str, faster: str) -> tuple[float, float, float]:
-        """How many times as long `slower` took, round by round: lower quartile, median, upper quartile."""
-        pairs = zip(self.runs[slower].runs, self.runs[faster].runs, strict=True)
-        values = [one.seconds / other.seconds for one, other in pairs]
-        low, _, high = quantiles(values, n=4, method="inclusive")
-        return low, median(values), high
+    @property
+    def ratios(self) -> tuple[float, float, float]:
+        """How many times as long as "ours" "peer" took, round by round: lower quartile, median, upper quartile."""
+        pairs = zip(self.runs["peer"].runs, self.runs["ours"].runs, strict=True)
+        low, middle, high = quantiles([peer.seconds / ours.seconds for peer, ours in pairs], n=4, method="inclusive")
+        return low, middle, high
+
+    def to_json(self) -> dict[str, Any]:
+        """Median and quartiles of each kind in milliseconds, and what else is known of the rounds."""
+        return {
+            "rounds": min(len(runs.runs) for runs in self.runs.values()),
+            "foreign_cores": self.foreign,
+            **{
+                f"{kind}_ms": [1e3 * seconds for seconds in (runs.seconds, *runs.seconds_quartiles)]
+                for kind, runs in self.runs.items()
+            },
+        }
 
 
 def measure(kinds: Mapping[str, Callable[[], Run]], workers: Sequence[Worker], effort: Effort) -> Measured:

@@ -1,4 +1,4 @@
-"""Results as Markdown and JSON, and what machine they are of."""
+"""What both drivers read from a command line and print: names, tables, JSON, and what machine it was."""
 
 import json
 import platform
@@ -10,6 +10,7 @@ import psutil
 
 from offload.hardware import allowed_cores
 from offload.sizes import format_size
+from quant.errors import Dsr1Error
 
 CPUINFO = Path("/proc/cpuinfo")
 # What decides which kernels run, ours and the peers'.
@@ -48,6 +49,15 @@ def with_quartiles(value: float, quartiles: tuple[float, float], form: str = ".2
     """A median and, in brackets, its quartiles."""
     low, high = quartiles
     return f"{value:{form}} ({low:{form}}–{high:{form}})"
+
+
+def parse_names(text: str, known: Sequence[str]) -> list[str]:
+    """Names from "a,b". Raises Dsr1Error for one that is not known."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise Dsr1Error(f"there is no {name!r} to measure; give some of {','.join(known)}")
+    return names
 
 
 def write_json(path: Path | None, fields: dict[str, Any]) -> None:
