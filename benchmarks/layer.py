@@ -130,7 +130,7 @@ class Comparison:
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
         if done.returncode:
             raise Dsr1Error(f"kt-kernel cannot quantise experts; {log.name} tells why")
-        errors: dict[str, float] = json.loads(done.stdout)
+        errors: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return errors
 
     def rows(self, method: str, formats: Sequence[PackedFormat], setup: Setup) -> Iterator[Row]:

@@ -10,7 +10,6 @@ each width and type, quantised by llama.cpp; matrices are put together of these 
 import argparse
 import ctypes
 import os
-import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -24,6 +23,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
+from benchmarks.gguf_layout import Shape, stays_float, tensor_shapes, types_in
 from benchmarks.model_setup import BOS, EOS, SHAPES, shape_fields, token_names
 from quant.config import ModelConfig, parse_config
 
@@ -31,14 +31,13 @@ PURE = ("Q4_0", "Q8_0")  # one type for all matrices; other names are mixtures
 POOL_ROWS = 256
 PIECE_BYTES = 1 << 24
 ALIGNMENT = 32  # of a tensor in the file
-TYPE_LINE = re.compile(r"\] +(\S+) +- \[[^]]*\], type = +(\w+), size = [^(\n]*(?:\((\w+)\))?")
 
 
 class GgufTensor(NamedTuple):
-    """shape: rows last but one, columns last, as in NumPy."""
+    """A tensor in the file."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     type: GgmlType
 
     @property
@@ -51,59 +50,12 @@ class GgufTensor(NamedTuple):
         return prod(self.shape[:-1]) * self.row_bytes
 
 
-def model_tensors(config: ModelConfig) -> Iterator[GgufTensor]:
+def model_tensors(config: ModelConfig) -> list[GgufTensor]:
     """All tensors, matrices in half precision."""
-    top = (config.vocab_size, config.dim)
-    yield GgufTensor("token_embd.weight", top, GgmlType.F16)
-    yield GgufTensor("output_norm.weight", (config.dim,), GgmlType.F32)
-    yield GgufTensor("output.weight", top, GgmlType.F16)
-    for layer in range(config.n_layers):
-        rows = {**attention_shapes(config), **(moe_shapes(config) if config.is_moe(layer) else dense_shapes(config))}
-        for name, shape in rows.items():
-            plain = len(shape) == 1 or name == "ffn_gate_inp.weight"
-            yield GgufTensor(f"blk.{layer}.{name}", shape, GgmlType.F32 if plain else GgmlType.F16)
-
-
-def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Multi-head latent attention; the matrix of keys and values is split into two with a matrix for each head."""
-    queries, rank, heads = config.n_heads * config.qk_head_dim, config.q_lora_rank, config.n_heads
-    if rank:
-        query = {"attn_q_a.weight": (rank, config.dim), "attn_q_a_norm.weight": (rank,)}
-        query["attn_q_b.weight"] = (queries, rank)
-    else:
-        query = {"attn_q.weight": (queries, config.dim)}
-    return {
-        "attn_norm.weight": (config.dim,),
-        **query,
-        "attn_kv_a_mqa.weight": (config.latent_dim, config.dim),
-        "attn_kv_a_norm.weight": (config.kv_lora_rank,),
-        "attn_k_b.weight": (heads, config.kv_lora_rank, config.qk_nope_head_dim),
-        "attn_v_b.weight": (heads, config.v_head_dim, config.kv_lora_rank),
-        "attn_output.weight": (config.dim, heads * config.v_head_dim),
-        "ffn_norm.weight": (config.dim,),
-    }
-
-
-def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """A dense layer's MLP."""
-    wide = (config.inter_dim, config.dim)
-    return {"ffn_gate.weight": wide, "ffn_up.weight": wide, "ffn_down.weight": wide[::-1]}
-
-
-def moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Router, routed experts and the shared one."""
-    experts, wide = config.n_routed_experts, (config.moe_inter_dim, config.dim)
-    shared = (config.n_shared_experts * config.moe_inter_dim, config.dim)
-    return {
-        "ffn_gate_inp.weight": (experts, config.dim),
-        "exp_probs_b.bias": (experts,),
-        "ffn_gate_exps.weight": (experts, *wide),
-        "ffn_up_exps.weight": (experts, *wide),
-        "ffn_down_exps.weight": (experts, *wide[::-1]),
-        "ffn_gate_shexp.weight": shared,
-        "ffn_up_shexp.weight": shared,
-        "ffn_down_shexp.weight": shared[::-1],
-    }
+    return [
+        GgufTensor(name, shape, GgmlType.F32 if stays_float(name, shape) else GgmlType.F16)
+        for name, shape in tensor_shapes(config).items()
+    ]
 
 
 def open_writer(path: Path, config: ModelConfig, tensors: list[GgufTensor]) -> gguf.GGUFWriter:
@@ -173,7 +125,7 @@ def typed(tensors: list[GgufTensor], kind: str, skeleton: Path, config: ModelCon
         types = types_in(dry_run(skeleton, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")))
     finally:
         skeleton.unlink()
-    return [tensor._replace(type=types[tensor.name]) for tensor in tensors]
+    return [tensor._replace(type=GgmlType[types[tensor.name]]) for tensor in tensors]
 
 
 def dry_run(path: Path, file_type: int) -> str:
@@ -192,11 +144,6 @@ def dry_run(path: Path, file_type: int) -> str:
     if status:
         sys.exit(f"llama.cpp does not quantise {path}, it says:\n{text[-2000:]}")
     return text
-
-
-def types_in(text: str) -> dict[str, GgmlType]:
-    """Types by tensor: after the arrow where one changes, else the one it has."""
-    return {name: GgmlType[(new or old).upper()] for name, old, new in TYPE_LINE.findall(text)}
 
 
 class RandomRows:
@@ -235,7 +182,7 @@ class RandomRows:
 def write_gguf(path: Path, kind: str, fields: dict[str, Any]) -> list[GgufTensor]:
     """Write the file; returns what it holds. It appears only when it is whole."""
     config, part = parse_config(fields), path.with_name(path.name + ".part")
-    tensors = typed(list(model_tensors(config)), kind, path.with_name(path.name + ".skeleton"), config)
+    tensors = typed(model_tensors(config), kind, path.with_name(path.name + ".skeleton"), config)
     writer, rows = open_writer(part, config, tensors), RandomRows()
     assert writer.fout is not None
     file = writer.fout[0]

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.protocol import MARK
 from offload.benchmark.measure import Run
 from quant.errors import Dsr1Error
 
@@ -82,15 +83,15 @@ class Worker:
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
+        line = next((line for line in self._process.stdout if line.startswith(MARK)), None)
+        if line is None:
             status = self._process.wait()
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
             raise Dsr1Error(
                 f"the worker {self.name} ended with status {status}; these are the last lines of {self._log}, which "
                 f"may tell why (status -9 means that memory ran out):\n{tail}"
             )
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
         return answer
 
     def _stop(self) -> None:
