@@ -195,7 +195,7 @@ def _gate_up_tiles(layer, team, rows, tile, place):  # type: ignore[no-untyped-d
     results, table = _own(layer, team), _tile_table(layer, team)
     multiply_rows(_gate_up_inputs(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
     count = min(HALF * TILE_ROWS, layer.inter - tile * TILE_ROWS)
-    for row in range(rows.count):
+    for row in range(rows.size):
         gates = floats(results + row * RESULTS * 4, (count,))
         silu_times(gates, floats(results + (row * RESULTS + HALF * TILE_ROWS) * 4, (count,)))
         floats(place[0] + row * place[1], (count,))[:] = gates
@@ -204,7 +204,7 @@ def _gate_up_tiles(layer, team, rows, tile, place):  # type: ignore[no-untyped-d
 @inner
 def _quantise_hidden(layer, rows, block, place):  # type: ignore[no-untyped-def]
     hidden = _hidden(layer)
-    for row in range(rows.count):
+    for row in range(rows.size):
         quantise(hidden, rows.first + row, block, place[0] + row * place[1], layer.inter - block * BLOCK_K)
 
 
@@ -317,7 +317,7 @@ def _down_expert(layer, team, node, expert, unit, then):  # type: ignore[no-unty
     rows = Rows(starts[expert], starts[expert + 1] - starts[expert], 0, 1)
     multiply_rows(_hidden(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
     columns = unit[0] * TILE_ROWS, min(unit[1] * TILE_ROWS, layer.dim)
-    _add_down(layer, results, rows.first, rows.count, columns)
+    _add_down(layer, results, rows.first, rows.size, columns)
 
 
 @inner

@@ -23,13 +23,13 @@ TABLE_BYTES = 2 * SLOTS * 8
 
 
 class Rows(NamedTuple):
-    """`count` rows of quantised inputs from `first` on; or those whose numbers are the int64 at `numbers` on.
+    """`size` rows of quantised inputs from `first` on; or those whose numbers are the int64 at `numbers` on.
 
     Numbers, where that is not 0, are divided by `divisor`: of pairs (token, slot) it makes tokens.
     """
 
     first: int
-    count: int
+    size: int
     numbers: int
     divisor: int
 
@@ -48,7 +48,7 @@ def set_tiles(table, place, matrix, tile, end, following, size):  # type: ignore
 
 @inner
 def _number(rows, index):  # type: ignore[no-untyped-def]
-    index = rows.first + min(index, rows.count - 1)
+    index = rows.first + min(index, rows.size - 1)
     return integers(rows.numbers, (index + 1,))[index] // rows.divisor if rows.numbers != 0 else index
 
 
@@ -56,7 +56,7 @@ def _number(rows, index):  # type: ignore[no-untyped-def]
 def _dot_rows(inputs, rows, table, out):  # type: ignore[no-untyped-def]
     """Four tokens at a time; the tiles are read from the cache after the first four."""
     blocks, stride = k_blocks(inputs.k), inputs.rows * 4
-    for first in range(0, rows.count, TOKEN_TILE):
+    for first in range(0, rows.size, TOKEN_TILE):
         numbers = (
             _number(rows, first),
             _number(rows, first + 1),
@@ -75,13 +75,13 @@ def _dot_rows(inputs, rows, table, out):  # type: ignore[no-untyped-def]
             scale_of(inputs, numbers[2]),
             scale_of(inputs, numbers[3]),
         )
-        count = min(TOKEN_TILE, rows.count - first)
+        count = min(TOKEN_TILE, rows.size - first)
         dot_tiles(inputs.code, table, count, records, scales, stride, blocks, out + first * RESULTS * 4)
 
 
 @inner
 def _multiply_with_tiles(inputs, rows, table, out, scratch):  # type: ignore[no-untyped-def]
-    multiply_tiles(inputs, table, rows.first, rows.count, k_blocks(inputs.k), out, scratch)
+    multiply_tiles(inputs, table, rows.first, rows.size, k_blocks(inputs.k), out, scratch)
 
 
 @inner
@@ -100,12 +100,12 @@ def tile_bytes(inputs):  # type: ignore[no-untyped-def]
 
 @inner
 def multiply_rows(inputs, rows, table, granted, out, scratch):  # type: ignore[no-untyped-def]
-    """out float32 [count rounded up to 4, 128] = rows of inputs times the tiles of a table.
+    """out float32 [rows.size rounded up to 4, 128] = rows of inputs times the tiles of a table.
 
     granted: whether AMX may be used; then rows have no numbers, and those up to the next multiple of 32 are there.
     scratch: packed_tiles.SCRATCH_BYTES.
     """
-    if uses_tiles(granted, rows.count):
+    if uses_tiles(granted, rows.size):
         _with_tiles(inputs, rows, table, out, scratch)
     else:
         _dot_rows(inputs, rows, table, out)
