@@ -168,12 +168,14 @@ def _make_unpack(fmt: PackedFormat) -> Any:
     """
 
     def emit(builder: Any, block: Any, later: Any, target: Any) -> None:
-        for offset in range(0, fmt.block_bytes, LINE):
+        for offset in range(0, fmt.header_bytes, LINE):
             prefetch(builder, builder.add(later, i64(offset)))
         quads = fmt.group // 4
         for group in range(BLOCK_K // fmt.group):
             write = _WRITERS[fmt.name](builder, fmt, block, group)
             for number in range(group * quads, (group + 1) * quads):
+                if number * fmt.bits % 8 == 0:
+                    prefetch(builder, builder.add(later, i64(fmt.header_bytes + LINE * number * fmt.bits // 8)))
                 for half, values in enumerate(write(code_quad(builder, fmt, block, number))):
                     place = _at(builder, target, half * UNPACKED // 2 + number * LINE)
                     builder.store(builder.bitcast(values, BYTES), place).align = LINE
