@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cli.compiling import show_compiling
 from cli.escape import say
 from cli.options import RunOptions
 from cli.run import load_engine
@@ -27,6 +28,7 @@ from quant import isa
 from quant.config import ModelConfig, load_config
 from quant.errors import UsageError
 from quant.kernels import thread_count
+from quant.kernels.ahead import MEASURING_KERNELS, PACKED_KERNELS, compile_ahead
 from quant.packed import PACKED_FORMATS, PackedFormat
 from quant.shapes import known_shape
 
@@ -120,6 +122,7 @@ def bench_shape(name: str, config: ModelConfig, fmt: PackedFormat, wanted: Wante
     extent = choose_extent(config, fmt, wanted.max_tokens, usable_ram())
     if extent.experts < config.n_routed_experts:
         say(f"only {extent.experts} of {config.n_routed_experts} experts fit the free memory, so the layer has fewer")
+    compile_ahead([*PACKED_KERNELS, *MEASURING_KERNELS], show_compiling)
     layers = BenchLayers(config, fmt, extent, wanted.max_tokens, say)
     if layers.weight_bytes < SMALL_BYTES:
         say(f"{format_size(layers.weight_bytes)} of weights may stay in a cache: reading them is faster than RAM is")
@@ -206,6 +209,7 @@ def measure_engine(name: str, engine: Engine) -> EngineFigures:
     prefill = measure_prefill(engine, ids)
     prompt = ids[: min(PROMPT_TOKENS, engine.context // 2)]
     decode = measure_decode(engine, prompt, min(NEW_TOKENS, engine.context - len(prompt)))
+    compile_ahead(MEASURING_KERNELS, show_compiling)
     say("measuring the memory's read bandwidth")
     blocks = [block.ffn for block in engine.transformer.layers]
     experts = [ffn.experts for ffn in blocks if isinstance(ffn, MoE) and isinstance(ffn.experts, CpuExperts)]

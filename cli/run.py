@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cli.compiling import show_compiling
 from cli.escape import say
 from cli.options import RunOptions
 from cli.output import AnswerPrinter
@@ -16,7 +17,6 @@ from hybrid_rt.engine import Engine
 from hybrid_rt.generation import Completion, collect
 from hybrid_rt.sampling import Sampling
 from quant.errors import Dsr1Error
-from quant.kernels import kernels_cached
 
 
 def answer(options: RunOptions, prompt: str, as_json: bool) -> None:
@@ -35,8 +35,6 @@ def answer(options: RunOptions, prompt: str, as_json: bool) -> None:
 
 def load_engine(options: RunOptions) -> Engine:
     """The engine that the options ask for; what the user should know about it goes to standard error."""
-    if not kernels_cached():
-        say("compiling kernels for this processor; this is done once and takes some seconds")
     with shown_progress() as show_progress:
         engine = Engine.load(
             options.model,
@@ -48,6 +46,7 @@ def load_engine(options: RunOptions) -> Engine:
             residency=options.residency,
             verify=options.verify,
             progress=show_progress,
+            compiling=show_compiling,
         )
     for note in engine.notes:
         say(note)

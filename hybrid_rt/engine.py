@@ -24,7 +24,8 @@ from offload.plan import Plan
 from offload.topology import read_topology
 from quant.errors import ContextError, Dsr1Error, TokenizerError
 from quant.kernels import set_threads
-from quant.progress import Progress
+from quant.kernels.ahead import PACKED_KERNELS, PLAIN_KERNELS, compile_ahead
+from quant.progress import Progress, Steps, untold
 from quant.progress import ignore as ignore_progress
 from quant.store import Store
 
@@ -67,6 +68,7 @@ class Engine:
         residency: str | None = None,
         verify: bool = False,
         progress: Callable[[Progress], None] = ignore_progress,
+        compiling: Steps = untold,
     ) -> "Engine":
         """Open a model folder, a built-in model or a Hub id that was downloaded.
 
@@ -75,12 +77,13 @@ class Engine:
         (of the built-in model: the one to take). threads: by default all cores that this process may use. residency:
         of routed experts, "mapped", "locked" or "copied"; by default the plan's choice. verify: whether to read the
         whole store once and compare its checksums. progress: is told of bytes that are verified, locked or copied.
-        Raises Dsr1Error, told in a sentence, when the model cannot run.
+        compiling: told of kernels that are compiled, which takes seconds the first time on a machine. Raises
+        Dsr1Error, told in a sentence, when the model cannot run.
         """
         notes: list[str] = []
         if dtype not in DTYPES:
             raise Dsr1Error(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-        source = open_model(resolve_model(model, recipe, notes))
+        source = open_model(resolve_model(model, recipe, notes, compiling))
         check_recipe(source, recipe)
         if verify:
             verify_model(source, notes, progress)
@@ -88,6 +91,7 @@ class Engine:
         plan = plan_model(source, gpu_mem, ram, context, device, dtype, notes, residency, topology)
         tokenizer = load_tokenizer(source)
         use_threads(threads)
+        compile_ahead(PACKED_KERNELS if isinstance(source, Store) else PLAIN_KERNELS, compiling)
         backend = make_backend(plan)
         buffers = ExpertBuffers(source.config, backend, plan.prefill_chunk)
         loading = Loading(topology, notes, progress)

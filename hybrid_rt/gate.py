@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hybrid_rt.layers import Parts
+from quant import model_ops
 from quant.config import ModelConfig
+from quant.operators import with_cpu_kernel
 
 EXPERTS_SCORING_A_GROUP = 2  # a group is as good as the sum of its best two
 
@@ -26,19 +28,40 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids int64 [T, top_k] and weights float32 [T, top_k], of x [T, dim]."""
-        scores = F.linear(x.float(), self.weight).sigmoid()  # [T, E]
-        ids = self._limit_groups(scores + self.bias).topk(self.top_k, dim=-1, sorted=False).indices
-        weights = scores.gather(-1, ids)
-        if self.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return ids, weights * self.route_scale
+        how = (self.n_groups, self.n_limited_groups, self.top_k, self.norm_topk_prob, self.route_scale)
+        return route(x, self.weight, self.bias, *how)
 
-    def _limit_groups(self, choice: torch.Tensor) -> torch.Tensor:
-        """Mask the experts outside the best groups with -inf: with 0 they would win over negative scores."""
-        if self.n_groups == 1:
-            return choice
-        groups = choice.unflatten(-1, (self.n_groups, -1))  # [T, G, E / G]
-        group_scores = groups.topk(EXPERTS_SCORING_A_GROUP, dim=-1).values.sum(-1)
-        best = group_scores.topk(self.n_limited_groups, dim=-1, sorted=False).indices
-        excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
-        return groups.masked_fill(excluded[..., None], float("-inf")).flatten(-2)
+
+@with_cpu_kernel(
+    "route(Tensor x, Tensor weight, Tensor bias, int groups, int limited_groups, int top_k, bool normalise, "
+    "float scale) -> (Tensor, Tensor)",
+    model_ops.route,
+)
+def route(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    limited_groups: int,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids int64 [T, top_k] and weights float32 [T, top_k], of x [T, dim], weight [E, dim] and bias [E]."""
+    scores = F.linear(x.float(), weight).sigmoid()  # [T, E]
+    ids = limit_groups(scores + bias, groups, limited_groups).topk(top_k, dim=-1, sorted=False).indices
+    weights = scores.gather(-1, ids)
+    if normalise:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return ids, weights * scale
+
+
+def limit_groups(choice: torch.Tensor, groups: int, limited_groups: int) -> torch.Tensor:
+    """Mask the experts outside the best groups with -inf: with 0 they would win over negative scores."""
+    if groups == 1:
+        return choice
+    grouped = choice.unflatten(-1, (groups, -1))  # [T, G, E / G]
+    group_scores = grouped.topk(EXPERTS_SCORING_A_GROUP, dim=-1).values.sum(-1)
+    best = group_scores.topk(limited_groups, dim=-1, sorted=False).indices
+    excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
+    return grouped.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(-2)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 
 from hybrid_rt.cache import LatentCache
+from quant import model_ops
+from quant.operators import with_cpu_kernel
 
 # Tokens; beyond, decompressing a block costs less than the wider absorbed scores. At R1's widths both count the same
 # operations at 171 tokens; measured, the break-even lies between 128 and 192.
@@ -35,7 +37,7 @@ class CachedAttention:
     ) -> torch.Tensor:
         """Store the tokens' latents, then attend to all up to them.
 
-        wkv_b: float32 [H, nope + v, C]. Returns [T, H, v].
+        wkv_b: [H, nope + v, C]. Returns [T, H, v].
         """
         cached = self.cache.write(layer, self.start, latent)
         absorbed = q_nope.shape[0] <= ABSORBED_UP_TO
@@ -72,10 +74,15 @@ class OnlineSoftmax:
         return self.sums[2] / self.sums[1]
 
 
+@with_cpu_kernel(
+    "attend_decompressed(Tensor q_nope, Tensor q_pe, Tensor cached, Tensor wkv_b, float scale) -> Tensor",
+    model_ops.attend_decompressed,
+)
 def attend_decompressed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """For many queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
+    wkv_b = wkv_b.float()
     heads, width, lora = wkv_b.shape
     nope, rope = q_nope.shape[-1], q_pe.shape[-1]
     queries = torch.cat([q_nope, q_pe], dim=-1).float().transpose(0, 1) * scale  # [H, T, nope + rope]
@@ -89,11 +96,15 @@ def attend_decompressed(
     return softmax.result().transpose(0, 1).to(q_nope.dtype)
 
 
+@with_cpu_kernel(
+    "attend_absorbed(Tensor q_nope, Tensor q_pe, Tensor cached, Tensor wkv_b, float scale) -> Tensor",
+    model_ops.attend_absorbed,
+)
 def attend_absorbed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """For few queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
-    lora, nope = wkv_b.shape[2], q_nope.shape[-1]
+    lora, nope, wkv_b = wkv_b.shape[2], q_nope.shape[-1], wkv_b.float()
     w_uk, w_uv = wkv_b[:, :nope], wkv_b[:, nope:]
     q_latent = q_nope.float().transpose(0, 1) @ w_uk  # [H, T, C]
     queries = torch.cat([q_latent, q_pe.float().transpose(0, 1)], dim=-1) * scale

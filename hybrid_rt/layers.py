@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quant import model_ops
 from quant.formats import QuantTensor
+from quant.operators import with_cpu_kernel
 from quant.ops import linear
 
 
@@ -62,7 +64,13 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+@with_cpu_kernel("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", model_ops.rms_norm)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, dim] / sqrt(mean of its squares + eps) * weight, in x's dtype."""
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
 class MLP(nn.Module):

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from quant import model_ops
 from quant.config import ModelConfig, YarnConfig
+from quant.operators import with_cpu_kernel
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,14 @@ class Rope(torch.nn.Module):
 
 def rotate(x: torch.Tensor, angles: Angles) -> torch.Tensor:
     """Turn the pairs (2i, 2i+1) of the last dimension, left in place. x: [T, heads, rope] or [T, rope]."""
-    cos, sin = (angles.cos, angles.sin) if x.dim() == 2 else (angles.cos[:, None], angles.sin[:, None])
+    if x.dim() == 2:
+        return turn_pairs(x[:, None], angles.cos, angles.sin)[:, 0]
+    return turn_pairs(x, angles.cos, angles.sin)
+
+
+@with_cpu_kernel("turn_pairs(Tensor x, Tensor cos, Tensor sin) -> Tensor", model_ops.turn_pairs)
+def turn_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x: [T, heads, rope]; cos, sin: float32 [T, rope / 2]."""
+    cos, sin = cos[:, None], sin[:, None]
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

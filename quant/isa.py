@@ -42,19 +42,22 @@ def force(name: str) -> None:
     """Use this instruction set in this process. Raises UsageError for what is not there, or once Numba is imported."""
     global _forced
     _refuse_missing(name)
-    if name == current():
-        _forced = name
+    if _is_settled():
+        if name != current():
+            raise UsageError(
+                f"the instruction set of this process is {current()} by now; choose {name} in a process of its own, "
+                "without NUMBA_CPU_NAME and before Numba is imported"
+            )
         return
-    if _forced is not None or "numba" in sys.modules:
-        raise UsageError(
-            f"the instruction set of this process is {current()} by now; choose {name} in a process of its own, "
-            "before Numba is imported"
-        )
     processor = INSTRUCTION_SETS[name].processor
     if processor is not None:
         os.environ["NUMBA_CPU_NAME"] = processor
         os.environ["NUMBA_CPU_FEATURES"] = ",".join(f"+{feature}" for feature in INSTRUCTION_SETS[name].features)
     _forced = name
+
+
+def _is_settled() -> bool:
+    return _forced is not None or "numba" in sys.modules or bool(os.environ.get("NUMBA_CPU_NAME"))
 
 
 def _refuse_missing(name: str) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hybrid_rt.cache import LatentCache
 from hybrid_rt.latent_attention import CachedAttention, attend_absorbed, attend_decompressed
 from hybrid_rt.rope import Rope, softmax_scale
 from offload.backend import CpuBackend
+from quant import model_ops
 from quant.config import parse_config
 from quant.inventory import Inventory
 from tests.tiny_checkpoint import tiny_config
@@ -26,7 +28,21 @@ from tests.tiny_checkpoint import tiny_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-BOTH_FORMS = pytest.mark.parametrize("attend", [attend_decompressed, attend_absorbed])
+
+
+@torch.inference_mode()
+def absorbed_by_kernel(*args: Any) -> torch.Tensor:
+    """As it runs on a CPU: by a kernel, where outside of inference mode the formula runs."""
+    return attend_absorbed(*args)
+
+
+@torch.inference_mode()
+def decompressed_by_kernel(*args: Any) -> torch.Tensor:
+    return attend_decompressed(*args)
+
+
+FORMS = [attend_decompressed, attend_absorbed, decompressed_by_kernel, absorbed_by_kernel]
+BOTH_FORMS = pytest.mark.parametrize("attend", FORMS, ids=lambda form: form.__name__)
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,7 @@ def test_blocks_of_any_size(attend: Attend, block: int, sizes: Sizes, seed: int)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_attention, "PREFILL_BLOCK", block)
         patch.setattr(latent_attention, "DECODE_BLOCK", block)
+        patch.setattr(model_ops, "LATENTS_TOGETHER", block)
         assert_right(random_inputs(sizes, seed), attend)
 
 

@@ -257,7 +257,7 @@ def test_packages_that_are_missing_are_a_problem() -> None:
 def test_kernel_cache(tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "kernels"
     assert "empty" in found(kernel_cache(folder)).value and not folder.exists()
-    write(folder, {"abc/x.nbc": "12", "def/y.nbc": "345", "abc/x.nbi": "6"})
+    write(folder, {"abc/x.bin": "12", "def/y.bin": "345", "abc/.z.part": "6"})
     assert "2 compiled kernels, 5 bytes" in found(kernel_cache(folder)).value
     assert found(kernel_cache(folder / "abc/x.nbi")).verdict == "attention"  # a file, in which no folder can be made
 

@@ -40,11 +40,16 @@ def logits(*scores: float) -> torch.Tensor:
 
 
 def route(router: Gate, *scores: float) -> dict[int, float]:
-    """The weight of each expert chosen for the token with these scores."""
-    ids, weights = router(logits(*scores))
-    assert ids.shape == weights.shape == (1, router.top_k)
-    assert (ids.dtype, weights.dtype) == (torch.int64, torch.float32)
-    return dict(zip(ids[0].tolist(), weights[0].tolist(), strict=True))
+    """The weight of each expert chosen for the token with these scores, by the formula and by the kernel alike."""
+    chosen = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            ids, weights = router(logits(*scores))
+        assert ids.shape == weights.shape == (1, router.top_k)
+        assert (ids.dtype, weights.dtype) == (torch.int64, torch.float32)
+        chosen.append(dict(zip(ids[0].tolist(), weights[0].tolist(), strict=True)))
+    assert chosen[0] == pytest.approx(chosen[1], rel=1e-6)
+    return chosen[1]
 
 
 def test_a_group_counts_as_the_sum_of_its_best_two() -> None:
@@ -95,17 +100,21 @@ def test_the_scale_multiplies_normalised_weights() -> None:
 
 
 def test_scores_that_underflow_give_no_nan() -> None:
-    _, weights = gate()(torch.full((1, EXPERTS), -200.0))
-    assert weights.tolist() == [[0.0, 0.0]]
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            _, weights = gate()(torch.full((1, EXPERTS), -200.0))
+        assert weights.tolist() == [[0.0, 0.0]]
 
 
 def test_tokens_are_routed_each_for_itself_and_in_float32() -> None:
     """Of a bfloat16 x, too: one token's choice hangs on a bias far below bfloat16's steps."""
     router = gate([0.0, 0.0, 0.0, 0.0, 0.0, 1e-5, 2e-5, 3e-5], n_group=1, topk_group=1)
     first, second = torch.zeros(1, EXPERTS), logits(0.9, 0.1, 0.6, 0.5, 0.55, 0.5, 0.2, 0.2)
-    ids, weights = router(torch.cat([first, second]).bfloat16())
-    assert sorted(ids[0].tolist()) == [6, 7] and sorted(ids[1].tolist()) == [0, 2]
-    assert weights.dtype == torch.float32 and weights[0].tolist() == [1.25, 1.25]
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            ids, weights = router(torch.cat([first, second]).bfloat16())
+        assert sorted(ids[0].tolist()) == [6, 7] and sorted(ids[1].tolist()) == [0, 2]
+        assert weights.dtype == torch.float32 and weights[0].tolist() == [1.25, 1.25]
 
 
 def route_slowly(scores: list[float], bias: list[float], groups: int, limit: int, top_k: int) -> dict[int, float]:

@@ -267,10 +267,10 @@ def rope_in_halves(_engine: Engine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "rotate", rotate)
 
 
-def bias_in_weights(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+def bias_in_weights(_engine: Engine, patch: pytest.MonkeyPatch) -> None:
     def forward(self: gate.Gate, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        choice = torch.nn.functional.linear(x, self.weight).sigmoid() + self.bias
-        weights, ids = self._limit_groups(choice).topk(self.top_k, dim=-1)
+        choice = torch.nn.functional.linear(x.float(), self.weight).sigmoid() + self.bias
+        weights, ids = gate.limit_groups(choice, self.n_groups, self.n_limited_groups).topk(self.top_k, dim=-1)
         return ids, weights / weights.sum(-1, keepdim=True) * self.route_scale
 
     patch.setattr(gate.Gate, "forward", forward)
@@ -282,13 +282,14 @@ def without_bias(engine: Engine, _patch: pytest.MonkeyPatch) -> None:
 
 
 def masked_with_zero(_engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    right = gate.Gate._limit_groups
+    def forward(self: gate.Gate, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.nn.functional.linear(x.float(), self.weight).sigmoid()
+        limited = gate.limit_groups(scores + self.bias, self.n_groups, self.n_limited_groups)
+        ids = limited.masked_fill(limited.isinf(), 0).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, ids)
+        return ids, weights / weights.sum(-1, keepdim=True) * self.route_scale
 
-    def limit(self: gate.Gate, choice: torch.Tensor) -> torch.Tensor:
-        limited = right(self, choice)
-        return limited.masked_fill(limited.isinf(), 0)
-
-    patch.setattr(gate.Gate, "_limit_groups", limit)
+    patch.setattr(gate.Gate, "forward", forward)
 
 
 def without_shared_experts(engine: Engine, _patch: pytest.MonkeyPatch) -> None:
@@ -311,7 +312,7 @@ MISTAKES: dict[str, tuple[str, Mistake]] = {
     "rope in halves without yarn": ("plain", rope_in_halves),
     "bias in the weights": ("published", bias_in_weights),
     "no bias": ("published", without_bias),
-    "no limit of groups": ("published", in_gates(n_groups=1)),
+    "no limit of groups": ("published", in_gates(n_groups=1, n_limited_groups=1)),
     "masked with 0": ("bf16", masked_with_zero),
     "no shared experts": ("ragged", without_shared_experts),
     "no scaling of the weights": ("published", in_gates(route_scale=1.0)),

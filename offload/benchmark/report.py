@@ -158,7 +158,7 @@ def measure_point(layers: BenchLayers, tokens: int, limits: Limits, effort: Effo
         turn = layers.turn(tokens)
         return timed_read(record_ranges(turn.packed, turn.chosen), limits.variant)
 
-    layer, read = alternate(run_layer, run_read, effort)
+    layer, read = alternate(run_layer, run_read, effort=effort)
     experts = layer.nbytes // layers.record.nbytes
     return Point(tokens, thread_count(), experts, layers.operations(tokens), limits.peak, layer, read)
 

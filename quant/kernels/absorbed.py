@@ -1,0 +1,209 @@
+"""Attention of few queries to the latents of a cache, with wkv_b absorbed into queries and output.
+
+Threads share out the heads. A thread takes as many of its heads together as make a few dozen rows, a row for each head
+and token:
+    1. queries[row] = scale * [q_nope w_uk | q_pe], as wide as a cached latent;
+    2. weighted[row] = the sum of the cached latents, weighted with the softmax of their scores (online_softmax.py);
+    3. out[row] = w_uv weighted[row].
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from quant.kernels.atomics import arguments_of
+from quant.kernels.jit import Kernel, inner, shared
+from quant.kernels.online_softmax import (
+    BLOCK,
+    TILE_FLOATS,
+    Keys,
+    Queries,
+    attend_tile,
+    begin,
+    copy_scaled,
+    dot,
+    dot_one,
+    finish,
+    rows_of,
+    weigh,
+    weigh_one,
+)
+from quant.kernels.plain import halves, put
+from quant.kernels.tiles import floats, padded, share, strided_inputs
+from quant.kernels.vector import BF16_CODE, ROW_TILE, TOKEN_TILE, float_of_bits
+
+ROWS_TOGETHER = 32  # queries that share the reading of the cache, where a single head has fewer
+
+
+class Attention(NamedTuple):
+    """Addresses and sizes of one call; strides in bytes. The queries are those of the last of the `seen` tokens."""
+
+    q_nope: int  # [tokens, heads, nope]
+    q_pe: int  # [tokens, heads, rope]
+    cached: int  # [seen, lora + rope]
+    wkv_b: int  # [heads, nope + value, lora]
+    out: int  # [tokens, heads, value]
+    scratch: int  # float32 [parts, scratch_floats]
+    tokens: int
+    seen: int
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    lora: int
+    nope_token: int  # strides of q_nope and q_pe from token to token and from head to head
+    nope_head: int
+    pe_token: int
+    pe_head: int
+    scale: int  # float32 bits
+    code: int  # of q_nope, q_pe, cached and out
+    wkv_code: int
+
+
+ATTENTION_FIELDS = len(Attention._fields)
+
+
+@shared
+def heads_together(tokens: int) -> int:
+    """Heads that one thread works on at a time."""
+    return max(1, ROWS_TOGETHER // tokens)
+
+
+@shared
+def rows_at_most(tokens: int) -> int:
+    """Rows of these heads, filled up to whole tiles, and one more to write to where there is nothing to write."""
+    return (heads_together(tokens) * tokens + TOKEN_TILE - 1) // TOKEN_TILE * TOKEN_TILE + 1
+
+
+@shared
+def scratch_floats(tokens: int, nope: int, rope: int, lora: int) -> int:
+    """float32 values of scratch of one thread: queries, their sums, the queries of one head, and tiles."""
+    row = padded(lora + rope) + padded(lora) + 2
+    return rows_at_most(tokens) * row + (tokens + TOKEN_TILE) * padded(nope) + TILE_FLOATS
+
+
+@inner
+def _open_scratch(attention, part):  # type: ignore[no-untyped-def]
+    """A thread's rows, and the address of float32 [tokens and 4 of zeros, padded(nope)] for the queries of one head."""
+    tokens, nope, rope, lora = attention.tokens, attention.nope, attention.rope, attention.lora
+    rows, width = rows_at_most(tokens), padded(lora + rope) * 4
+    values = attention.scratch + part * scratch_floats(tokens, nope, rope, lora) * 4
+    weighted = values + rows * width
+    maxima = weighted + rows * padded(lora) * 4
+    totals = maxima + rows * 4
+    tiles = totals + rows * 4
+    start = attention.seen - tokens
+    return Queries(
+        values, width, weighted, padded(lora) * 4, maxima, totals, start, tokens, tiles
+    ), tiles + TILE_FLOATS * 4
+
+
+@inner
+def _open_head(attention, wide, head):  # type: ignore[no-untyped-def]
+    """wide[token] = scale * q_nope of one head, with zeros behind."""
+    scale = float_of_bits(np.int32(attention.scale))
+    values = floats(wide, (attention.tokens + TOKEN_TILE, padded(attention.nope)))
+    values[:] = 0
+    for token in range(attention.tokens):
+        source = attention.q_nope + token * attention.nope_token + head * attention.nope_head
+        copy_scaled(source, attention.code, scale, values[token, : attention.nope])
+
+
+@inner
+def _absorb(attention, queries, wide, head, row):  # type: ignore[no-untyped-def]
+    """queries[row + token] for the tokens of one head: zero before, their latent part after."""
+    tokens, nope, lora, spare = attention.tokens, attention.nope, attention.lora, rows_at_most(attention.tokens) - 1
+    stride = lora * (4 >> attention.wkv_code)
+    matrix = attention.wkv_b + head * (nope + attention.value) * stride
+    for first in range(0, nope, ROW_TILE):
+        sources = rows_of(matrix, stride, first, nope - 1)
+        for token in range(0, tokens, TOKEN_TILE):
+            shares = wide + (token * padded(nope) + first) * 4
+            if tokens == 1:
+                weigh_one(attention.wkv_code, sources, shares, queries.values + row * queries.stride, lora)
+                continue
+            targets = (
+                queries.values + (row + token) * queries.stride,
+                queries.values + (row + token + 1 if token + 1 < tokens else spare) * queries.stride,
+                queries.values + (row + token + 2 if token + 2 < tokens else spare) * queries.stride,
+                queries.values + (row + token + 3 if token + 3 < tokens else spare) * queries.stride,
+            )
+            weigh(attention.wkv_code, sources, shares, padded(nope) * 4, targets, lora)
+
+
+@inner
+def _open_queries(attention, queries, wide, first_head, heads):  # type: ignore[no-untyped-def]
+    """Step 1 for `heads` heads from `first_head` on."""
+    tokens, lora, rope, rows = attention.tokens, attention.lora, attention.rope, rows_at_most(attention.tokens)
+    scale = float_of_bits(np.int32(attention.scale))
+    values = floats(queries.values, (rows, queries.stride // 4))
+    values[:] = 0
+    for number in range(heads):
+        head = first_head + number
+        _open_head(attention, wide, head)
+        _absorb(attention, queries, wide, head, number * tokens)
+        for token in range(tokens):
+            source = attention.q_pe + token * attention.pe_token + head * attention.pe_head
+            copy_scaled(source, attention.code, scale, values[number * tokens + token, lora : lora + rope])
+    begin(queries, rows)
+
+
+@inner
+def _write(attention, token, head, row, values):  # type: ignore[no-untyped-def]
+    """out[token, head, row : row + 4] = values."""
+    address = attention.out + ((token * attention.heads + head) * attention.value + row) * (4 >> attention.code)
+    for number in range(min(ROW_TILE, attention.value - row)):
+        if attention.code == BF16_CODE:
+            put(halves(address, (ROW_TILE,)), number, values[number])
+        else:
+            put(floats(address, (ROW_TILE,)), number, values[number])
+
+
+@inner
+def _expand(attention, queries, head, row):  # type: ignore[no-untyped-def]
+    """Step 3 for the tokens of one head, whose rows begin at `row`."""
+    tokens, lora = attention.tokens, attention.lora
+    for token in range(tokens):
+        finish(queries, row + token, lora)
+    wide = lora * (4 >> attention.wkv_code)
+    matrix = attention.wkv_b + (head * (attention.nope + attention.value) + attention.nope) * wide
+    tile = floats(queries.tiles, (TOKEN_TILE, ROW_TILE))
+    for first in range(0, attention.value, ROW_TILE):
+        sources = rows_of(matrix, wide, first, attention.value - 1)
+        for token in range(0, tokens, TOKEN_TILE):
+            count, stride = min(TOKEN_TILE, tokens - token), queries.weighted_stride
+            inputs = strided_inputs(queries.weighted + (row + token) * stride, stride, count)
+            if tokens == 1:
+                dot_one(attention.wkv_code, sources, inputs[0], lora, queries.tiles)
+            else:
+                dot(attention.wkv_code, sources, inputs, lora, queries.tiles)
+            for number in range(count):
+                _write(attention, token + number, head, first, tile[number])
+
+
+@inner
+def _attend_heads(attention, queries, wide, first_head, heads):  # type: ignore[no-untyped-def]
+    _open_queries(attention, queries, wide, first_head, heads)
+    width = attention.lora + attention.rope
+    stride = width * (4 >> attention.code)
+    for first in range(0, attention.seen, BLOCK):
+        address, size = attention.cached + first * stride, min(BLOCK, attention.seen - first)
+        keys = Keys(address, stride, width, address, stride, attention.lora, first, size, attention.code)
+        for row in range(0, heads * attention.tokens, TOKEN_TILE):
+            attend_tile(queries, row, keys)
+    for number in range(heads):
+        _expand(attention, queries, first_head + number, number * attention.tokens)
+
+
+def _attend_absorbed(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
+    """The fields of Attention."""
+    attention = Attention(*arguments_of(arguments, ATTENTION_FIELDS))
+    queries, wide = _open_scratch(attention, part)
+    first, end = share(attention.heads, part, parts)
+    together = heads_together(attention.tokens)
+    for head in range(first, end, together):
+        _attend_heads(attention, queries, wide, head, min(together, end - head))
+    return 0
+
+
+attend_absorbed = Kernel(_attend_absorbed)

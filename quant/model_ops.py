@@ -1,0 +1,158 @@
+"""CPU kernels of the model's small steps, for the formulas that hybrid_rt/ writes beside their names (operators.py).
+
+Each function checks dtypes, shapes and layout before a kernel reads memory.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quant.kernels import absorbed, decompressed, norm, rope, router
+from quant.kernels.threads import call, parts_for
+from quant.kernels.vector import BF16_CODE, F32_CODE
+
+CODES = {torch.float32: F32_CODE, torch.bfloat16: BF16_CODE}
+LATENTS_TOGETHER = 512  # that become keys and values at a time
+VALUE_COST = 8  # multiplications that take about as long as a value that is read, changed a little and written
+
+
+@cache
+def _float_bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+def _code(x: Tensor, dims: int) -> int:
+    """The code of an activation's dtype; ValueError unless a kernel may read `x`, its last dimension lying close."""
+    code = CODES.get(x.dtype)
+    if code is None or x.ndim != dims or x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(
+            f"activations must be float32 or bfloat16 of {dims} dimensions, the last one without gaps, not {x.dtype} "
+            f"of shape {tuple(x.shape)}, strides {x.stride()}"
+        )
+    return code
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous float32 of shape {shape}, not {tensor.dtype} of shape {tuple(tensor.shape)}, "
+            f"strides {tensor.stride()}"
+        )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, dim] of float32 or bfloat16, weight float32 [dim]."""
+    code = _code(x, 2)
+    rows, dim = x.shape
+    _check("a norm's weight", weight, (dim,))
+    out = torch.empty(rows, dim, dtype=x.dtype)
+    addresses = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
+    sizes = (rows, dim, x.stride(0) * x.itemsize, code, _float_bits(eps))
+    call(norm.rms_norm, (*addresses, *sizes), parts_for(rows * dim * VALUE_COST))
+    return out
+
+
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, rope] of float32 or bfloat16, cos and sin float32 [T, rope / 2]."""
+    code = _code(x, 3)
+    tokens, heads, width = x.shape
+    for angles in (cos, sin):
+        _check("cosines and sines", angles, (tokens, width // 2))
+    out = torch.empty(tokens, heads, width, dtype=x.dtype)
+    addresses = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+    strides = (x.stride(0) * x.itemsize, x.stride(1) * x.itemsize)
+    call(rope.turn_pairs, (*addresses, tokens, heads, width, *strides, code), parts_for(x.numel() * VALUE_COST))
+    return out
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, limited_groups: int, top_k: int, normalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """x [T, dim] of float32 or bfloat16, weight float32 [E, dim], bias float32 [E]."""
+    tokens, experts = x.shape[0], weight.shape[0]
+    _check("the router's bias", bias, (experts,))
+    if not 1 <= limited_groups <= groups or not 1 <= top_k <= experts // groups * limited_groups:
+        raise ValueError(f"{top_k} of {experts} experts in {limited_groups} of {groups} groups cannot be chosen")
+    logits = torch.ops.dsr1.linear.default(x.to(torch.float32), weight, None)
+    ids, weights = torch.empty(tokens, top_k, dtype=torch.int64), torch.empty(tokens, top_k)
+    parts = parts_for(tokens * experts * top_k * VALUE_COST)
+    scratch = torch.empty(parts * (2 * experts + groups))
+    addresses = (t.data_ptr() for t in (logits, bias, ids, weights, scratch))
+    sizes = (tokens, experts, groups, limited_groups, top_k, int(normalise), _float_bits(scale))
+    call(router.route, (*addresses, *sizes), parts)
+    return ids, weights
+
+
+class _Sizes(NamedTuple):
+    """Of one call of attention."""
+
+    tokens: int
+    seen: int
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    lora: int
+
+
+def _check_attention(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor) -> tuple[_Sizes, int]:
+    """Sizes and the code of the activations' dtype; ValueError unless a kernel may read the tensors."""
+    code = _code(q_nope, 3)
+    (tokens, heads, nope), rope, seen = q_nope.shape, q_pe.shape[-1], cached.shape[0]
+    width, lora = wkv_b.shape[1:]
+    alike = _code(q_pe, 3) == _code(cached, 2) == code
+    whole = _code(wkv_b, 3) in (F32_CODE, BF16_CODE) and wkv_b.is_contiguous() and cached.is_contiguous()
+    shapes_fit = q_pe.shape[:2] == (tokens, heads) and cached.shape[1] == lora + rope and wkv_b.shape[0] == heads
+    if not (alike and whole and shapes_fit and tokens <= seen):
+        shapes = [(t.dtype, tuple(t.shape)) for t in (q_nope, q_pe, cached, wkv_b)]
+        raise ValueError(f"queries, cached latents and wkv_b do not fit together: {shapes}")
+    return _Sizes(tokens, seen, heads, nope, rope, width - nope, lora), code
+
+
+def _query_strides(q_nope: Tensor, q_pe: Tensor) -> tuple[int, ...]:
+    """Bytes from token to token and from head to head."""
+    return tuple(queries.stride(dim) * queries.itemsize for queries in (q_nope, q_pe) for dim in (0, 1))
+
+
+def attend_absorbed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor, scale: float) -> Tensor:
+    """q_nope [T, H, nope], q_pe [T, H, rope] and cached [N, C + rope] of one dtype, float32 or bfloat16.
+
+    wkv_b [H, nope + v, C] of float32 or bfloat16. Returns [T, H, v] in q_nope's dtype.
+    """
+    sizes, code = _check_attention(q_nope, q_pe, cached, wkv_b)
+    tokens, seen, heads, nope, rope, value, lora = sizes
+    out = torch.empty(tokens, heads, value, dtype=q_nope.dtype)
+    work = tokens * heads * (seen * (2 * lora + rope) + (nope + value) * lora)
+    parts = min(heads, parts_for(work))
+    scratch = torch.empty(parts * absorbed.scratch_floats(tokens, nope, rope, lora))
+    addresses = (t.data_ptr() for t in (q_nope, q_pe, cached, wkv_b, out, scratch))
+    rest = (*_query_strides(q_nope, q_pe), _float_bits(scale), code, CODES[wkv_b.dtype])
+    call(absorbed.attend_absorbed, (*addresses, *sizes, *rest), parts)
+    return out
+
+
+def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor, scale: float) -> Tensor:
+    """As attend_absorbed, for many queries."""
+    sizes, code = _check_attention(q_nope, q_pe, cached, wkv_b)
+    tokens, seen, heads, nope, rope, value, _ = sizes
+    out = torch.empty(tokens, heads, value, dtype=q_nope.dtype)
+    state = torch.empty(heads * decompressed.units(tokens) * decompressed.state_floats(value))
+    parts = parts_for(tokens * heads * seen * (nope + rope + value))
+    scratch = torch.empty(parts * decompressed.scratch_floats(nope, rope, LATENTS_TOGETHER))
+    for first in range(0, seen, LATENTS_TOGETHER):
+        made = _decompress(cached[first : first + LATENTS_TOGETHER], wkv_b)
+        addresses = (t.data_ptr() for t in (q_nope, q_pe, cached, made, out, state, scratch))
+        shape = (tokens, seen, first, made.shape[0], heads, nope, rope, value, cached.shape[1])
+        rest = (*_query_strides(q_nope, q_pe), _float_bits(scale), code)
+        call(decompressed.attend_block, (*addresses, *shape, *rest), parts)
+    return out
+
+
+def _decompress(cached: Tensor, wkv_b: Tensor) -> Tensor:
+    """Keys and values of cached latents [S, C + rope]: float32 [S, H * (nope + v)]."""
+    latents = cached[:, : wkv_b.shape[2]].to(torch.float32)
+    made: Tensor = torch.ops.dsr1.linear.default(latents, wkv_b.flatten(0, 1), None)
+    return made
