@@ -102,7 +102,8 @@ def tile_bytes(inputs):  # type: ignore[no-untyped-def]
 def multiply_rows(inputs, rows, table, granted, out, scratch):  # type: ignore[no-untyped-def]
     """out float32 [rows.size rounded up to 4, 128] = rows of inputs times the tiles of a table.
 
-    granted: whether AMX may be used; then rows have no numbers, and those up to the next multiple of 32 are there.
+    granted: whether AMX may be used; then rows have no numbers, and those up to the next multiple of 32
+    are there, of inputs and of out.
     scratch: packed_tiles.SCRATCH_BYTES.
     """
     if uses_tiles(granted, rows.size):
