@@ -48,7 +48,7 @@ AHEAD = 1  # blocks between a read and its prefetch
 # Tiles that are read at the same time, a block of each after the other. One stream from memory reaches 0.8 of what the
 # processor can read, four 0.9, eight all of it (with 1 KiB of prefetch; two threads of a Xeon with AMX).
 SLOTS = 8
-ROW_BYTES = SLOTS * LINE  # of a token's results
+ROW_BYTES = (SLOTS + 1) * LINE  # from one token's results to the next: no divisor of 4 KiB, or they would look alike
 SCALE_BITS = 0xFFFF0000  # of a header's word
 BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 

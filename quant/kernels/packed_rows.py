@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 from quant.kernels.activations import k_blocks, record_of, scale_of
 from quant.kernels.jit import inner
-from quant.kernels.packed_dot import SLOTS, block_bytes, dot_tiles
+from quant.kernels.packed_dot import ROW_BYTES, SLOTS, block_bytes, dot_tiles
 from quant.kernels.packed_tiles import HAS_TILES, multiply_tiles, uses_tiles
 from quant.kernels.tiles import integers
 from quant.kernels.vector import TOKEN_TILE
-from quant.packed import BLOCK_K
 
 HALF = SLOTS // 2
-RESULTS = BLOCK_K  # float32 of a token
+RESULTS = ROW_BYTES // 4  # float32 from one token's results to the next
 TABLE_BYTES = 3 * SLOTS * 8
 
 

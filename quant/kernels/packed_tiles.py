@@ -5,7 +5,7 @@ operand, and multiplied with up to 32 tokens at a time. `accurate` has products 
 256 * high + low. The block's sums are those of packed_dot.py, exactly, and so is what follows: one product with
 the scales, in order of k. So it does not matter which of the two ways a token takes.
 
-Unpacked weights and tokens are multiplied in tile registers, stored as int32, scaled, and added to float32 [tokens, 128].
+Unpacked weights and tokens are multiplied in tile registers, stored as int32, scaled, and added to float32 results.
 The tile unit multiplies for 16 cycles each time: meanwhile the last products are scaled, instruction by instruction.
 """
 
@@ -23,6 +23,7 @@ from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner, shared
 from quant.kernels.packed_dot import (
     BYTES,
+    ROW_BYTES,
     SCALE_BITS,
     SHORTS,
     SLOTS,
@@ -64,7 +65,7 @@ SUMS = 2 * STEP_BYTES
 HALF_SUMS = TILE_ROWS * PAIR_ROWS * 4  # of 16 tokens and two tiles, or of 16 more tokens
 TARGETS = SUMS + 2 * HALF_SUMS
 WASTE = TARGETS + 2 * SLOTS * 8  # results that nobody reads
-SCRATCH_BYTES = WASTE + TOKENS * SLOTS * LINE
+SCRATCH_BYTES = WASTE + TOKENS * ROW_BYTES
 
 
 def _function(module: Any, name: str, count: int, emit: Callable[..., None]) -> Any:
@@ -190,7 +191,7 @@ def _add_scaled(
         low = builder.load(_at(builder, sums, line + LINE), typ=VI, align=LINE)
         integer = builder.add(builder.shl(integer, splat_bits(8)), low)
     scale = splat(builder, builder.load(_at(builder, x_scale, 4 * token), typ=F32, align=4), VF)
-    target = _at(builder, place, token * SLOTS * LINE)
+    target = _at(builder, place, token * ROW_BYTES)
     total = builder.load(target, typ=VF, align=LINE)
     later = multiply_add(builder, builder.sitofp(integer, VF), builder.fmul(d, scale), total)
     builder.store(later, target).align = LINE
@@ -410,7 +411,7 @@ def multiply_tiles(inputs, table, first, size, blocks, out, scratch):  # type: i
         width //= 2
     steps = (_find_used(table) + width - 1) // width
     work = Work(inputs, table, used, scratch + TARGETS, blocks, width, tokens, first, out)
-    floats(out, ((size + tokens - 1) // tokens * tokens * SLOTS * TILE_ROWS,))[:] = 0
+    floats(out, ((size + tokens - 1) // tokens * tokens * ROW_BYTES // 4,))[:] = 0
     unpacked, other, sums = scratch, scratch + STEP_BYTES, scratch + SUMS
     _unpack_step(work, 0, 0, unpacked)
     _set_targets(work, 0, 0)
@@ -425,7 +426,7 @@ def multiply_tiles(inputs, table, first, size, blocks, out, scratch):  # type: i
         for token in range(0, size, tokens):
             _store_products((sums,))
             x_scale = scale_of(inputs, first + token) + block * inputs.rows * 4
-            target = out + token * SLOTS * LINE
+            target = out + token * ROW_BYTES
             if token + tokens < size:
                 _products(work, block, token + tokens, unpacked, sums, x_scale, target)
             else:  # after the last step there is nothing more to multiply, but its sums are still to be added
