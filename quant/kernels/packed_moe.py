@@ -34,7 +34,7 @@ from quant.kernels.routing import (
     sort_for_team,
     sorted_pairs,
 )
-from quant.kernels.silu import silu_times
+from quant.kernels.silu import silu_lanes
 from quant.kernels.team import COUNTER_COUNT, Team, barrier, take
 from quant.kernels.tile_unit import use_tile_unit
 from quant.kernels.tiles import floats, integers, share
@@ -196,11 +196,12 @@ def _gate_up_tiles(layer, team, rows, tile, place):  # type: ignore[no-untyped-d
     """
     results, table = _own(layer, team), _tile_table(layer, team)
     multiply_rows(_gate_up_inputs(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
-    count = min(HALF * TILE_ROWS, layer.inter - tile * TILE_ROWS)
+    tiles = min(HALF, (layer.inter + TILE_ROWS - 1) // TILE_ROWS - tile)
     for row in range(rows.size):
-        gates = floats(results + row * RESULTS * 4, (count,))
-        silu_times(gates, floats(results + (row * RESULTS + HALF * TILE_ROWS) * 4, (count,)))
-        floats(place[0] + row * place[1], (count,))[:] = gates
+        gates, target = results + row * RESULTS * 4, place[0] + row * place[1]
+        for number in range(tiles):
+            offset = number * TILE_ROWS * 4
+            silu_lanes(gates + offset, gates + HALF * TILE_ROWS * 4 + offset, target + offset)
 
 
 @inner
