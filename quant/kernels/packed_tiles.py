@@ -58,7 +58,7 @@ TILE_K = 64  # columns of a tile
 TILE_BYTES = TILE_ROWS * TILE_K
 UNPACKED = 2 * (BLOCK_K // TILE_K) * TILE_BYTES  # of a block: high and low bytes
 APART = UNPACKED + 5 * LINE  # bytes from one unpacked tile to the next: a multiple of 4 KiB would make them look alike
-AHEAD = 1  # blocks between an unpacked one and its prefetch
+AHEAD = 2  # blocks between an unpacked one and its prefetch
 # Scratch: what two steps unpack, up to four tiles each; the sums of one; where those go.
 STEP_BYTES = 4 * APART
 SUMS = 2 * STEP_BYTES
