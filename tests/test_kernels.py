@@ -80,7 +80,7 @@ class Moe:
         sizes = ops.moe_scratch_sizes(x.shape[0], ids.shape[1], len(self.table), self.dim, self.inter)
         order, scratch = torch.empty(sizes[0], dtype=torch.int64), torch.full((sizes[1],), torch.nan)
         out = torch.full_like(x, torch.nan)
-        return [x, ids, weights, self.table, self.inter, self.fmt.dtype, order, scratch, out]
+        return [x, ids, weights, self.table, self.inter, self.fmt.dtype, 1, order, scratch, out]
 
     def run(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         args = self.arguments(x, ids, weights)
@@ -283,9 +283,9 @@ def test_moe_refuses_what_it_cannot_read() -> None:
         3: [good[3][:, :5].contiguous(), good[3].double()],
         4: [0, -1],
         5: [torch.float16],
-        6: [good[6][:5]],
-        7: [good[7][:64]],
-        8: [good[8][:2], good[8].bfloat16()],
+        7: [good[7][:5]],
+        8: [good[8][:64]],
+        9: [good[9][:2], good[9].bfloat16()],
     }
     for position, values in bad.items():
         for value in values:
