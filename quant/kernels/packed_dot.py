@@ -49,7 +49,7 @@ AHEAD = 1  # blocks between a read and its prefetch
 # Tiles that are read at the same time, a block of each after the other. One stream from memory reaches 0.8 of what the
 # processor can read, four 0.9, eight all of it (with 1 KiB of prefetch; two threads of a Xeon with AMX).
 SLOTS = 8
-ROW_BYTES = SLOTS * LINE  # of a token's results
+ROW_BYTES = (SLOTS + 1) * LINE  # from one token's results to the next: no divisor of 4 KiB, or they would look alike
 SCALE_BITS = 0xFFFF0000  # of a header's word
 BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 
@@ -264,6 +264,16 @@ def look_up(builder: Any, codes: Any, table: list[int]) -> Any:
         is_set = builder.icmp_unsigned("!=", builder.and_(codes, _constant(BYTES, 1 << bit)), _constant(BYTES, 0))
         values = [builder.select(is_set, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
     return values[0]
+
+
+def shuffle_bytes(builder: Any, values: Any, places: Any) -> Any:
+    """For AVX-512: values[place] within each 16 bytes, for 64 places below 16."""
+    return _call_in_parts(builder, "llvm.x86.avx512.pshuf.b.512", 1, [values, places])
+
+
+def multiply_high(builder: Any, a: Any, b: Any) -> Any:
+    """For AVX-512: the upper 16 bits of 32 products of unsigned 16-bit numbers."""
+    return _call_in_parts(builder, "llvm.x86.avx512.pmulhu.w.512", 1, [a, b])
 
 
 def dot_bytes(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
