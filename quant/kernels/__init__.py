@@ -15,6 +15,7 @@ lanes.py    16 float32 values as one Numba value, for encode.py
 decode.py   a packed matrix as plain float32
 bandwidth.py      the machine's own limits, for dsr1 bench
 jit.py      compiling
+leaf.py     long functions that kernels call, compiled by themselves
 cache.py    machine code on disk
 threads.py  how many threads
 reference.py  the same results in plain NumPy, for tests

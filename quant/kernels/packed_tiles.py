@@ -21,6 +21,7 @@ from quant.isa import x86_has
 from quant.kernels.activations import Inputs, record_bytes, record_of, scale_of
 from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner, shared
+from quant.kernels.leaf import Leaf
 from quant.kernels.packed_dot import (
     BYTES,
     ROW_BYTES,
@@ -68,27 +69,15 @@ WASTE = TARGETS + 2 * SLOTS * 8  # results that nobody reads
 SCRATCH_BYTES = WASTE + TOKENS * ROW_BYTES
 
 
-def _function(module: Any, name: str, count: int, emit: Callable[..., None]) -> Any:
-    """A function of `count` int64 that is never inlined; emit(builder, *arguments) writes it at its first use."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * count)
-    function = cgutils.get_or_insert_function(module, kind, f"dsr1.tiles.{name}")
-    if function.is_declaration:
-        function.linkage = "linkonce_odr"
-        function.attributes.add("noinline")
-        builder = ir.IRBuilder(function.append_basic_block("entry"))
-        emit(builder, *function.args)
-        builder.ret_void()
-    return function
-
-
 def _make(name: str, count: int, emit: Callable[..., None]) -> Any:
     """Intrinsic of a tuple of `count` int64 that calls the function that `emit` writes."""
+    leaf = Leaf(f"tiles.{name}", count, emit)
 
     @intrinsic
     def call(typingctx, arguments):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             values = [builder.extract_value(args[0], number) for number in range(count)]
-            builder.call(_function(builder.module, name, count, emit), values)
+            builder.call(leaf.declare(builder.module), values)
             return context.get_dummy_value()
 
         return types.void(types.UniTuple(types.int64, count)), codegen
