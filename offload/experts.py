@@ -115,8 +115,9 @@ class CpuExperts:
             raise ValueError(f"{tokens} tokens do not fit expert buffers for {buffers.max_tokens}; pass smaller chunks")
         inputs = (x.to(torch.float32), ids.to(torch.int64), weights.to(torch.float32))
         if backend.is_host:
-            buffers.pending = pending = Pending(inputs, x.dtype, torch.empty(x.shape, dtype=torch.float32))
-            self._launch(*(tensor.contiguous() for tensor in inputs), pending.out)
+            out = torch.empty(x.shape, dtype=torch.float32)
+            self._launch((inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()), out)
+            buffers.pending = pending = Pending(inputs, x.dtype, out)
             return pending
         pending = Pending(inputs, x.dtype)
         host = (buffers.x[:tokens], buffers.ids[:tokens], buffers.weights[:tokens])
@@ -125,14 +126,14 @@ class CpuExperts:
         backend.wait(buffers.inputs_ready, buffers.stream)
         for dst, src in zip(host, pending.inputs, strict=True):
             backend.copy(dst, src, buffers.stream)
-        self._launch(*host, buffers.out[:tokens])
+        self._launch(host, buffers.out[:tokens])
         backend.record(buffers.outputs_ready, buffers.stream)
         buffers.pending = pending
         return pending
 
-    def _launch(self, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor | None) -> None:
+    def _launch(self, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
         buffers, stored = self.buffers, (self.table, self.inter_dim, self.stored, self.nodes)
-        args = (x, ids, weights, *stored, buffers.order, buffers.scratch, out)
+        args = (*inputs, *stored, buffers.order, buffers.scratch, out)
         self.backend.launch(buffers.stream, self.kernel, *args)
 
     def sync(self, pending: Pending) -> Tensor:

@@ -269,6 +269,16 @@ def look_up(builder: Any, codes: Any, table: list[int]) -> Any:
     return values[0]
 
 
+def shuffle_bytes(builder: Any, values: Any, places: Any) -> Any:
+    """For AVX-512: values[place] within each 16 bytes, for 64 places below 16."""
+    return _call_in_parts(builder, "llvm.x86.avx512.pshuf.b.512", 1, [values, places])
+
+
+def multiply_high(builder: Any, a: Any, b: Any) -> Any:
+    """For AVX-512: the upper 16 bits of 32 products of unsigned 16-bit numbers."""
+    return _call_in_parts(builder, "llvm.x86.avx512.pmulhu.w.512", 1, [a, b])
+
+
 def dot_bytes(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
     """sums [16] += the products of each lane's four unsigned bytes `weights` and four signed bytes `x`."""
     operands = [sums, builder.bitcast(weights, VI), x]

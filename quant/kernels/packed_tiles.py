@@ -30,7 +30,9 @@ from quant.kernels.packed_dot import (
     code_quad,
     group_integers,
     look_up,
+    multiply_high,
     prefetch,
+    shuffle_bytes,
 )
 from quant.kernels.tiles import floats, integers
 from quant.kernels.vector import (
@@ -45,7 +47,7 @@ from quant.kernels.vector import (
     splat,
     splat_bits,
 )
-from quant.packed import ACCURATE, BLOCK_K, FAST, LINE, Q8, TILE_ROWS, PackedFormat
+from quant.packed import ACCURATE, BLOCK_K, FAST, INTEGER_STEP, LINE, LOWEST_INTEGER, Q8, TILE_ROWS, PackedFormat
 
 HAS_TILES = x86_has("amx-int8") and x86_has("avx512vnni")
 TILE_TOKENS = 5  # from here on tiles are faster than packed_dot.py's four tokens at a time
@@ -54,11 +56,13 @@ TOKENS = 32  # at a time
 TILE_K = 64  # columns of a tile
 TILE_BYTES = TILE_ROWS * TILE_K
 UNPACKED = 2 * (BLOCK_K // TILE_K) * TILE_BYTES  # of a block: high and low bytes
+APART = UNPACKED + 5 * LINE  # bytes from one unpacked tile to the next: a multiple of 4 KiB would make them look alike
 AHEAD = 1  # blocks between an unpacked one and its prefetch
-# Scratch: what two steps unpack, and the sums of one.
-SUMS_BYTES = TOKENS * PAIR_ROWS * 4
-SUMS = 4 * UNPACKED
-SCRATCH_BYTES = SUMS + SUMS_BYTES
+# Scratch: what two steps unpack, up to four tiles each, and the sums of one.
+STEP_BYTES = 4 * APART
+SUMS = 2 * STEP_BYTES
+HALF_SUMS = TILE_ROWS * PAIR_ROWS * 4  # of 16 tokens and two tiles, or of 16 more tokens
+SCRATCH_BYTES = SUMS + 2 * HALF_SUMS
 
 
 def _function(module: Any, name: str, count: int, emit: Callable[..., None]) -> Any:
@@ -127,37 +131,37 @@ def _release_tiles(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
-def _make_products(a_tiles: int, low_is_unsigned: bool) -> Any:
-    """(a, stride, b0, b1): into tile registers, int32 [16 a_tiles, 32] = tokens of a block times two unpacked ones.
+def _make_products(a_tiles: int, b_tiles: int, low_is_unsigned: bool) -> Any:
+    """(a, stride, b): into tile registers, int32 products of a block of 16 a_tiles tokens and unpacked tiles.
 
-    a: address of the first token's 128 bytes, the others' are `stride` apart. b0 gives columns 0..15 of the sums, b1
-    the others; with `low_is_unsigned`, b1's bytes are unsigned.
+    a: address of the first token's 128 bytes, the others' are `stride` apart. b: address of the first unpacked tile;
+    the others follow APART bytes apart; with `low_is_unsigned` each one's unsigned bytes follow the signed ones. There are 4 results: token tiles times b tiles.
     """
 
-    def emit(builder: Any, a: Any, stride: Any, b0: Any, b1: Any) -> None:
-        for number in range(2 * a_tiles):
+    def emit(builder: Any, a: Any, stride: Any, b: Any) -> None:
+        for number in range(a_tiles * b_tiles):
             _void(builder, "tilezero", [_tile(number)])
         for step in range(BLOCK_K // TILE_K):
-            for number, b in enumerate((b0, b1)):
-                _void(builder, "tileloadd64", [_tile(6 + number), _at(builder, b, step * TILE_BYTES), i64(TILE_K)])
             for row in range(a_tiles):
                 first = builder.add(a, builder.mul(stride, i64(row * TILE_ROWS)))
                 _void(builder, "tileloadd64", [_tile(4 + row), _at(builder, first, step * TILE_K), stride])
-                for number, product in enumerate(("tdpbssd", "tdpbsud" if low_is_unsigned else "tdpbssd")):
-                    _void(builder, product, [_tile(2 * row + number), _tile(4 + row), _tile(6 + number)])
+            for column in range(b_tiles):
+                product = "tdpbsud" if low_is_unsigned and column % 2 else "tdpbssd"
+                register = _tile(6 + column % 2)
+                place = column // 2 * APART + column % 2 * UNPACKED // 2 if low_is_unsigned else column * APART
+                source = _at(builder, b, place + step * TILE_BYTES)
+                _void(builder, "tileloadd64", [register, source, i64(TILE_K)])
+                for row in range(a_tiles):
+                    _void(builder, product, [_tile(row * b_tiles + column), _tile(4 + row), register])
 
-    return _make(f"products.{a_tiles}.{low_is_unsigned}", 4, emit)
+    return _make(f"products.{a_tiles}.{b_tiles}.{low_is_unsigned}", 3, emit)
 
 
-def _make_store(a_tiles: int) -> Any:
-    """(sums): the products of the tile registers to int32 [16 a_tiles, 32]."""
-
-    def emit(builder: Any, sums: Any) -> None:
-        for number in range(2 * a_tiles):
-            place = number // 2 * TILE_ROWS * PAIR_ROWS * 4 + number % 2 * LINE
-            _void(builder, "tilestored64", [_tile(number), _at(builder, sums, place), i64(PAIR_ROWS * 4)])
-
-    return _make(f"store.{a_tiles}", 1, emit)
+def _emit_store(builder: Any, sums: Any) -> None:
+    """Four products to two times int32 [16, 32]."""
+    for number in range(4):
+        place = number // 2 * HALF_SUMS + number % 2 * LINE
+        _void(builder, "tilestored64", [_tile(number), _at(builder, sums, place), i64(PAIR_ROWS * 4)])
 
 
 def _make_unpack(fmt: PackedFormat) -> Any:
@@ -176,14 +180,14 @@ def _make_unpack(fmt: PackedFormat) -> Any:
             for number in range(group * quads, (group + 1) * quads):
                 if number * fmt.bits % 8 == 0:
                     prefetch(builder, builder.add(later, i64(fmt.header_bytes + LINE * number * fmt.bits // 8)))
-                for half, values in enumerate(write(code_quad(builder, fmt, block, number))):
+                for half, values in enumerate(write(number)):
                     place = _at(builder, target, half * UNPACKED // 2 + number * LINE)
                     builder.store(builder.bitcast(values, BYTES), place).align = LINE
 
     return _make(f"unpack.{fmt.name}", 3, emit)
 
 
-Write = Callable[[Any], list[Any]]
+Write = Callable[[int], list[Any]]  # of four columns' number: their bytes
 
 
 def _twice(builder: Any, word: Any) -> Any:
@@ -199,19 +203,28 @@ def _shorts(value: int) -> ir.Constant:
 def _write_fast(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Write:
     """integer * (code - 8) from |integer| * code, which fits an unsigned byte, so one 16-bit product makes two.
 
-    A negative integer turns the codes round: -s (code - 8) = s ((15 - code) - 7).
+    A negative integer turns the codes round: -s (code - 8) = s ((15 - code) - 7). What is needed of an integer is
+    looked up from its 4 bits c, once in each byte of a row. Codes in upper halves of bytes are multiplied where they
+    are: 16 code * 4096 |integer| is what is wanted times 65536.
     """
-    s = _twice(builder, group_integers(builder, fmt, block, group))
-    negative = builder.ashr(s, _shorts(15))
-    size = builder.sub(builder.xor(s, negative), negative)
-    turn = builder.and_(negative, _shorts(0x0F0F))
-    middle = builder.add(builder.mul(size, _shorts(fmt.zero)), builder.and_(s, negative))
-    middles = builder.bitcast(builder.or_(middle, builder.shl(middle, _shorts(8))), BYTES)
+    word = builder.load(builder.inttoptr(block, POINTER), typ=VI, align=LINE)
+    moved = builder.bitcast(builder.lshr(word, splat_bits(4 * group)) if group else word, BYTES)
+    first_bytes = ir.Constant(VI, [0x01010101 * (4 * row) for row in range(4)] * 4)
+    c = builder.and_(shuffle_bytes(builder, moved, builder.bitcast(first_bytes, BYTES)), ir.Constant(BYTES, [15] * 64))
+    integers = [LOWEST_INTEGER["odd4"] + INTEGER_STEP["odd4"] * number for number in range(16)]
+    turn = look_up(builder, c, [255 if s < 0 else 0 for s in integers])
+    middle = look_up(builder, c, [fmt.zero * s if s > 0 else (15 - fmt.zero) * -s for s in integers])
+    size = builder.bitcast(look_up(builder, c, [abs(s) for s in integers]), SHORTS)
+    low, high = builder.and_(size, _shorts(0xFF)), builder.and_(builder.shl(size, _shorts(4)), _shorts(0xF000))
 
-    def write(codes: Any) -> list[Any]:
-        turned = builder.xor(builder.bitcast(codes, SHORTS), turn)
-        products = builder.bitcast(builder.mul(turned, size), BYTES)
-        return [builder.sub(products, middles)]
+    def write(number: int) -> list[Any]:
+        line = builder.load(_at(builder, block, fmt.header_bytes + LINE * (number // 2)), typ=BYTES, align=LINE)
+        turned = builder.bitcast(builder.xor(line, turn), SHORTS)
+        if number % 2:
+            products = multiply_high(builder, builder.and_(turned, _shorts(0xF0F0)), high)
+        else:
+            products = builder.mul(builder.and_(turned, _shorts(0x0F0F)), low)
+        return [builder.sub(builder.bitcast(products, BYTES), middle)]
 
     return write
 
@@ -222,8 +235,8 @@ def _write_accurate(builder: Any, fmt: PackedFormat, block: Any, group: int) -> 
     s, eight, levels = _twice(builder, group_integers(builder, fmt, block, group)), _shorts(8), list(fmt.levels)
     low_bytes = _shorts(0xFF)
 
-    def write(codes: Any) -> list[Any]:
-        level = builder.bitcast(look_up(builder, codes, levels), SHORTS)
+    def write(number: int) -> list[Any]:
+        level = builder.bitcast(look_up(builder, code_quad(builder, fmt, block, number), levels), SHORTS)
         even = builder.mul(builder.ashr(builder.shl(level, eight), eight), s)
         odd = builder.mul(builder.ashr(level, eight), s)
         high = builder.or_(builder.lshr(even, eight), builder.and_(odd, _shorts(0xFF00)))
@@ -234,7 +247,8 @@ def _write_accurate(builder: Any, fmt: PackedFormat, block: Any, group: int) -> 
 
 
 def _write_q8(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Write:
-    return lambda codes: [builder.xor(codes, ir.Constant(BYTES, [fmt.zero] * 64))]
+    zero = ir.Constant(BYTES, [fmt.zero] * 64)
+    return lambda number: [builder.xor(code_quad(builder, fmt, block, number), zero)]
 
 
 _WRITERS = {"fast": _write_fast, "accurate": _write_accurate, "q8": _write_q8}
@@ -283,9 +297,9 @@ def _emit_scale_joined(builder: Any, count: Any, sums: Any, header: Any, x_scale
 # The Python signatures of intrinsics have one argument more than their callers give.
 configure_tiles: Any = _configure_tiles
 release_tiles: Any = _release_tiles
-_products_16, _products_32 = (_make_products(tiles, False) for tiles in (1, 2))
-_products_16_joined, _products_32_joined = (_make_products(tiles, True) for tiles in (1, 2))
-_store_16, _store_32 = (_make_store(tiles) for tiles in (1, 2))
+_wide, _long = (_make_products(*tiles, False) for tiles in ((1, 4), (2, 2)))
+_wide_joined, _long_joined = (_make_products(*tiles, True) for tiles in ((1, 4), (2, 2)))
+_store_products = _make("store", 1, _emit_store)
 _unpack_fast, _unpack_accurate, _unpack_q8 = (_make_unpack(fmt) for fmt in (FAST, ACCURATE, Q8))
 _scale_two = _make("scale.two", 7, _emit_scale_two)
 _scale_joined = _make("scale.joined", 5, _emit_scale_joined)
@@ -302,17 +316,20 @@ def _unpack(code, block, later, target):  # type: ignore[no-untyped-def]
 
 
 class Work(NamedTuple):
-    """One call. used: address of the int64 numbers of the table's slots that hold a tile; steps: of each block."""
+    """One call. used: address of the int64 numbers of the table's `used_count` slots that hold a tile.
+
+    width: tiles of a step. tokens: of a product, 16 or 32.
+    """
 
     inputs: Inputs
     table: int
     used: int
-    count: int
+    used_count: int
     blocks: int
-    steps: int
+    width: int
+    tokens: int
     first: int
     out: int
-    scratch: int
 
 
 @inner
@@ -328,63 +345,49 @@ def _find_used(table):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _slots_of(work, step):  # type: ignore[no-untyped-def]
-    """The two slots of a step; of `accurate`, whose tile has two bytes a weight, it is one."""
-    used = integers(work.used, (SLOTS,))
-    if work.inputs.code == ACCURATE_CODE:
-        return used[step], used[step]
-    last = 2 * step + 1 if 2 * step + 1 < work.count else 2 * step
-    return used[2 * step], used[last]
-
-
-@inner
 def _unpack_step(work, block, step, target):  # type: ignore[no-untyped-def]
-    slots, size = integers(work.table, (2 * SLOTS,)), block_bytes(work.inputs.code)
-    first, second = _slots_of(work, step)
-    later = block + AHEAD
-    for number in range(1 if first == second else 2):
-        slot = first if number == 0 else second
+    slots, used = integers(work.table, (2 * SLOTS,)), integers(work.used, (SLOTS,))
+    size, later = block_bytes(work.inputs.code), block + AHEAD
+    for number in range(min(work.width, work.used_count - step * work.width)):
+        slot = used[step * work.width + number]
         tile = slots[slot]
         start = tile + later * size if later < work.blocks else slots[SLOTS + slot] + (later - work.blocks) * size
-        _unpack(work.inputs.code, tile + block * size, start, target + number * UNPACKED)
+        _unpack(work.inputs.code, tile + block * size, start, target + number * APART)
 
 
 @inner
-def _products(work, block, token, tokens, unpacked):  # type: ignore[no-untyped-def]
-    """Up to 32 tokens times what a step has unpacked, in the tile registers."""
+def _products(work, block, token, unpacked):  # type: ignore[no-untyped-def]
+    """Tokens from `token` on times what a step has unpacked, in the tile registers."""
     a = record_of(work.inputs, work.first + token) + block * BLOCK_K
     stride = record_bytes(work.inputs.k)
     if work.inputs.code == ACCURATE_CODE:
-        if tokens > TILE_ROWS:
-            _products_32_joined((a, stride, unpacked, unpacked + UNPACKED // 2))
+        if work.tokens == TOKENS:
+            _long_joined((a, stride, unpacked))
         else:
-            _products_16_joined((a, stride, unpacked, unpacked + UNPACKED // 2))
-    elif tokens > TILE_ROWS:
-        _products_32((a, stride, unpacked, unpacked + UNPACKED))
+            _wide_joined((a, stride, unpacked))
+    elif work.tokens == TOKENS:
+        _long((a, stride, unpacked))
     else:
-        _products_16((a, stride, unpacked, unpacked + UNPACKED))
-
-
-@inner
-def _store(tokens, sums):  # type: ignore[no-untyped-def]
-    if tokens > TILE_ROWS:
-        _store_32((sums,))
-    else:
-        _store_16((sums,))
+        _wide((a, stride, unpacked))
 
 
 @inner
 def _scale(work, block, step, token, tokens, sums):  # type: ignore[no-untyped-def]
-    """Add what a step's sums come to. Of `fast` and `q8`, its two slots' results lie side by side, or are one's."""
-    slots, offset = integers(work.table, (SLOTS,)), block * block_bytes(work.inputs.code)
-    first, second = _slots_of(work, step)
+    """Add to the results what a step's sums come to, of `tokens` tokens from `token` on."""
+    slots, used = integers(work.table, (SLOTS,)), integers(work.used, (SLOTS,))
+    offset = block * block_bytes(work.inputs.code)
     x_scale = scale_of(work.inputs, work.first + token) + block * work.inputs.rows * 4
-    out = work.out + (token * SLOTS + first) * LINE
-    if work.inputs.code == ACCURATE_CODE:
-        _scale_joined((tokens, sums, slots[first] + offset, x_scale, out))
-    else:
-        skip = (second - first) * LINE  # 0 where there is no second one
-        _scale_two((tokens, sums, slots[first] + offset, slots[second] + offset, x_scale, out, skip))
+    out, each = work.out + token * SLOTS * LINE, 1 if work.inputs.code == ACCURATE_CODE else 2
+    for number in range(step * work.width, min(work.used_count, (step + 1) * work.width), each):
+        first = used[number]
+        if each == 1:
+            _scale_joined((tokens, sums, slots[first] + offset, x_scale, out + first * LINE))
+        else:
+            second = used[min(number + 1, work.used_count - 1)]
+            skip = (second - first) * LINE  # 0 where there is no second one
+            headers = slots[first] + offset, slots[second] + offset
+            _scale_two((tokens, sums, headers[0], headers[1], x_scale, out + first * LINE, skip))
+        sums += HALF_SUMS
 
 
 @inner
@@ -393,29 +396,32 @@ def multiply_tiles(inputs, table, first, size, blocks, out, scratch):  # type: i
 
     Rows of inputs up to the next multiple of 32 are read. scratch, out: at cache lines.
 
-    A product's results are stored only after something else was done meanwhile: stores that wait hold up all loads
-    from addresses that look alike.
+    A step unpacks a block of `width` tiles and multiplies it with all tokens, 16 (and twice as many tiles) or 32 at a
+    time. Results are stored only after something else was done meanwhile: stores that wait hold up all loads from
+    addresses that look alike.
     """
-    count = _find_used(table)
-    steps = count if inputs.code == ACCURATE_CODE else (count + 1) // 2
-    work = Work(inputs, table, table + 2 * SLOTS * 8, count, blocks, steps, first, out, scratch)
+    tokens = TILE_ROWS if size <= TILE_ROWS else TOKENS
+    width, count = 2 * TOKENS // tokens, _find_used(table)
+    if inputs.code == ACCURATE_CODE:
+        width //= 2
+    steps = (count + width - 1) // width
+    work = Work(inputs, table, table + 2 * SLOTS * 8, count, blocks, width, tokens, first, out)
     floats(out, (size * SLOTS * TILE_ROWS,))[:] = 0
-    unpacked, other, sums = scratch, scratch + 2 * UNPACKED, scratch + SUMS
+    unpacked, other, sums = scratch, scratch + STEP_BYTES, scratch + SUMS
     _unpack_step(work, 0, 0, unpacked)
-    _products(work, 0, 0, min(TOKENS, size), unpacked)
+    _products(work, 0, 0, unpacked)
     block, step = 0, 0
     while block < blocks:
         next_block, next_step = (block, step + 1) if step + 1 < steps else (block + 1, 0)
         if next_block < blocks:
             _unpack_step(work, next_block, next_step, other)
-        for token in range(0, size, TOKENS):
-            tokens = min(TOKENS, size - token)
-            _store(tokens, sums)
-            if token + TOKENS < size:
-                _products(work, block, token + TOKENS, min(TOKENS, size - token - TOKENS), unpacked)
+        for token in range(0, size, tokens):
+            _store_products((sums,))
+            if token + tokens < size:
+                _products(work, block, token + tokens, unpacked)
             elif next_block < blocks:
-                _products(work, next_block, 0, min(TOKENS, size), other)
-            _scale(work, block, step, token, tokens, sums)
+                _products(work, next_block, 0, other)
+            _scale(work, block, step, token, min(tokens, size - token), sums)
         block, step = next_block, next_step
         unpacked, other = other, unpacked
 
