@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cli.compiling import show_compiling
 from cli.escape import say
 from cli.options import RunOptions
 from cli.run import load_engine
@@ -23,10 +24,11 @@ from offload.benchmark.report import Point, Report, Wanted, measure_shape, plura
 from offload.experts import CpuExperts
 from offload.hardware import usable_ram
 from offload.sizes import format_size
+from quant import isa
 from quant.config import ModelConfig, load_config
 from quant.errors import UsageError
 from quant.kernels import thread_count
-from quant.kernels.bandwidth import instruction_set
+from quant.kernels.ahead import MEASURING_KERNELS, PACKED_KERNELS, compile_ahead
 from quant.packed import PACKED_FORMATS, PackedFormat
 from quant.shapes import known_shape
 
@@ -54,18 +56,22 @@ def bench(
     threads: int | None = None,
     as_json: bool = False,
     plot: Path | None = None,
+    residency: str | None = None,
 ) -> None:
     """Measure `model` (None: the built-in one), or layers of `shape`; print a table or one JSON object.
 
-    fmt, decode and prefill (numbers of tokens, as in "1,2,4"; "" for none) and plot are for a shape. Raises UsageError.
+    fmt, decode and prefill (numbers of tokens, as in "1,2,4"; "" for none) and plot are for a shape, residency (of
+    its experts) is for a model. Raises UsageError.
     """
     if shape is None:
         if any(option is not None for option in (fmt, decode, prefill, plot)):
             raise UsageError(
                 "--format, --decode, --prefill and --plot are for layers of a shape; give --shape, as in r1"
             )
-        bench_engine(model, threads, as_json)
+        bench_engine(RunOptions(model=model or DEFAULT_MODEL, threads=threads, residency=residency), as_json)
         return
+    if residency is not None:
+        raise UsageError("--residency is for a model; layers of a shape are made in memory, so leave it out")
     if model is not None:
         raise UsageError(f"either a model or a shape can be measured at a time; leave out {model} or --shape {shape}")
     packed = find_format(DEFAULT_FORMAT if fmt is None else fmt)
@@ -116,6 +122,7 @@ def bench_shape(name: str, config: ModelConfig, fmt: PackedFormat, wanted: Wante
     extent = choose_extent(config, fmt, wanted.max_tokens, usable_ram())
     if extent.experts < config.n_routed_experts:
         say(f"only {extent.experts} of {config.n_routed_experts} experts fit the free memory, so the layer has fewer")
+    compile_ahead([*PACKED_KERNELS, *MEASURING_KERNELS], show_compiling)
     layers = BenchLayers(config, fmt, extent, wanted.max_tokens, say)
     if layers.weight_bytes < SMALL_BYTES:
         say(f"{format_size(layers.weight_bytes)} of weights may stay in a cache: reading them is faster than RAM is")
@@ -126,7 +133,7 @@ def show_report(report: Report, console: Console) -> None:
     """The report as a table, and the limits that its shares are of."""
     title = f"{report.shape}, {report.format}: {report.layers} x {report.experts} experts"
     console.print(
-        f"{title}, {format_size(report.weight_bytes)}; {plural(report.threads, 'thread')}, {instruction_set()}",
+        f"{title}, {format_size(report.weight_bytes)}; {plural(report.threads, 'thread')}, {isa.current()}",
         soft_wrap=True,
     )
     console.print(
@@ -185,11 +192,10 @@ class EngineFigures:
     share: float
 
 
-def bench_engine(model: str | None, threads: int | None, as_json: bool) -> None:
+def bench_engine(options: RunOptions, as_json: bool) -> None:
     """Load a model, measure it and print the figures."""
-    name = model or DEFAULT_MODEL
-    engine = load_engine(RunOptions(model=name, threads=threads))
-    figures = measure_engine(name, engine)
+    engine = load_engine(options)
+    figures = measure_engine(options.model, engine)
     if as_json:
         print(json.dumps(asdict(figures)))
     else:
@@ -203,6 +209,7 @@ def measure_engine(name: str, engine: Engine) -> EngineFigures:
     prefill = measure_prefill(engine, ids)
     prompt = ids[: min(PROMPT_TOKENS, engine.context // 2)]
     decode = measure_decode(engine, prompt, min(NEW_TOKENS, engine.context - len(prompt)))
+    compile_ahead(MEASURING_KERNELS, show_compiling)
     say("measuring the memory's read bandwidth")
     blocks = [block.ffn for block in engine.transformer.layers]
     experts = [ffn.experts for ffn in blocks if isinstance(ffn, MoE) and isinstance(ffn.experts, CpuExperts)]
@@ -212,7 +219,7 @@ def measure_engine(name: str, engine: Engine) -> EngineFigures:
     return EngineFigures(
         model=name,
         device=engine.plan.device,
-        isa=instruction_set(),
+        isa=isa.current(),
         threads=thread_count(),
         prefill_tokens=longest,
         prefill_tok_s=longest / prefill.seconds,

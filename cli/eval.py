@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from cli.compiling import show_compiling
 from cli.escape import say
 from hybrid_rt.engine import Engine
 from hybrid_rt.evaluate.evaluation import Comparison, Evaluation, Report, evaluate, ignore
 from hybrid_rt.evaluate.statistics import Estimate
 from hybrid_rt.evaluate.text import find_text
-from quant.kernels import kernels_cached
 
 
 def measure(
@@ -43,9 +43,10 @@ def measure(
 
 def load(model: str, context: int | None, threads: int | None, dtype: str) -> Engine:
     """The engine of one model; what the user should know about it goes to standard error."""
-    if not kernels_cached():
-        say("compiling kernels for this processor; this is done once and takes some seconds")
-    engine = Engine.load(model, context=context, threads=threads, dtype=dtype)
+    # mapped: two models at a time need not be in RAM as a whole
+    engine = Engine.load(
+        model, context=context, threads=threads, dtype=dtype, residency="mapped", compiling=show_compiling
+    )
     for note in engine.notes:
         say(f"{model}: {note}")
     return engine

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.escape import say
-from cli.options import RunOptions, takes_run_options
+from cli.options import IsaOption, RunOptions, takes_run_options
 from quant.errors import Dsr1Error, UsageError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -103,25 +103,31 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="Plan for the store that `dsr1 quantize --recipe NAME` makes.")
     ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or emulate.")] = "auto",
+    residency: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Routed experts in RAM: mapped, locked or copied.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Say what fits and where everything goes, before anything is downloaded."""
     from cli.plan import plan as show_plan
 
-    show_plan(model, gpu_mem, ram, context, recipe, device, json)
+    show_plan(model, gpu_mem, ram, context, recipe, device, residency, json)
 
 
 @app.command()
 def doctor(
-    measure: Annotated[bool, typer.Option("--measure", help="Measure how fast RAM is read, too.")] = False,
+    model: Annotated[
+        str | None, typer.Argument(help="Model whose disk is measured. Default: one in the caches.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure how fast RAM and the disk are read.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Say what this machine has, what that means for dsr1, and what to change."""
     from cli.doctor import doctor as examine
 
-    if not examine(json, measure):
+    if not examine(json, measure, model):
         raise typer.Exit(EXIT_ERROR)
 
 
@@ -138,14 +144,18 @@ def bench(
     decode: Annotated[str | None, typer.Option(metavar="LIST", help="Tokens a call. Default: 1,2,4,8,16.")] = None,
     prefill: Annotated[str | None, typer.Option(metavar="LIST", help="Tokens a call. Default: 128,512,2048.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
+    residency: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A model's experts in RAM: mapped, locked or copied.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a roofline; needs matplotlib.")] = None,
+    isa: IsaOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure a model, or layers of a known shape, beside the limits of this machine."""
     from cli.bench import bench as run_bench
 
-    run_bench(model, shape, fmt, decode, prefill, threads, json, plot)
+    run_bench(model, shape, fmt, decode, prefill, threads, json, plot, residency)
 
 
 @app.command("eval")
@@ -157,6 +167,7 @@ def evaluate(
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens that the cache holds.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16 or float32.")] = "bfloat16",
+    isa: IsaOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

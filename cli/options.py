@@ -8,6 +8,22 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from quant.isa import INSTRUCTION_SETS, force
+
+
+def _force(name: str | None) -> None:
+    if name is not None:
+        force(name)
+
+
+# Takes effect while options are read, because Numba must not be imported before.
+IsaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--isa", metavar="NAME", callback=_force, help=f"{', '.join(INSTRUCTION_SETS)}. Default: the best there is."
+    ),
+]
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -44,7 +60,14 @@ class RunOptions:
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, or emulate: a GPU of --gpu-mem, counted.")] = (
         "auto"
     )
+    residency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Routed experts in RAM: mapped, locked or copied. Default: the plan's choice."
+        ),
+    ] = None
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None
+    isa: IsaOption = None
     verify: Annotated[bool, typer.Option("--verify", help="Compare the store's checksums first.")] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 

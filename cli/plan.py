@@ -12,8 +12,9 @@ from rich.table import Table
 from cli.escape import escape, say
 from offload.hardware import choose_device, usable_ram
 from offload.plan import Plan
-from offload.planner import Available, Budget, choose_context, make_plan
+from offload.planner import Available, Budget, choose_context, choose_residency, make_plan
 from offload.sizes import format_size, parse_size
+from offload.topology import read_topology
 from quant.config import load_config
 from quant.errors import CheckpointError, StoreError
 from quant.hub import HUB_ID, Published, published_in, published_on_hub
@@ -45,17 +46,21 @@ def plan(
     context: int | None = None,
     recipe: str | None = None,
     device: str = "auto",
+    residency: str | None = None,
     as_json: bool = False,
 ) -> None:
     """Print the plan for `model`. Raises PlanError, or another Dsr1Error, when there is none."""
     subject = find_subject(model, None if recipe is None else find_recipe(recipe))
     notes = list(subject.notes)
     chosen, gpu_budget = choose_device(device, None if gpu_mem is None else parse_size(gpu_mem), notes)
+    nodes = read_topology().available
     budget = Budget(
         device=chosen,
         gpu_mem=gpu_budget,
         ram=usable_ram() if ram is None else parse_size(ram),
         context=choose_context(context, subject.inventory.config.max_seq_len, notes),
+        residency=choose_residency(residency, subject.inventory, subject.available, nodes, notes),
+        nodes=len(nodes),
     )
     made = make_plan(subject.inventory, subject.available, budget, notes)
     if as_json:
@@ -146,7 +151,12 @@ def summary(made: Plan) -> list[str]:
     lines = []
     if made.on_gpu:
         lines.append(_sum("GPU", made.gpu_bytes, made.gpu_budget))
-    lines.append(_sum("RAM", made.ram_bytes, made.ram_budget))
+    mapped = f"; {format_size(made.resident_bytes('mapped'))} are files, which Linux can drop and read again"
+    lines.append(_sum("RAM", made.ram_bytes, made.ram_budget) + mapped)
+    if made.nodes > 1:
+        lines.append(
+            f"Rows of each routed expert are split over {made.nodes} NUMA nodes, each part in its node's memory."
+        )
     if not made.decode_ram_bytes:
         return lines
     ceilings = [f"{speed} GB/s: {_figure(speed * 1e9 / made.decode_ram_bytes)}" for speed in EXAMPLE_BANDWIDTHS]

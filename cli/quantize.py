@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 
+from cli.compiling import show_compiling
 from cli.escape import escape, say
 from hybrid_rt.engine import use_threads
 from hybrid_rt.models import resolve_checkpoint
@@ -18,6 +19,7 @@ from offload.sizes import format_size
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.errors import StoreError
+from quant.kernels.ahead import ENCODING_KERNELS, compile_ahead
 from quant.progress import Progress
 from quant.recipes import find_recipe
 from quant.store import is_store
@@ -33,6 +35,7 @@ def quantize(src: str, dst: str, recipe: str, jobs: int | None, as_json: bool) -
         raise StoreError(f"{source} is a store already; give the published checkpoint that it was made from")
     checkpoint, folder = Checkpoint.open(source), Path(dst).expanduser()
     use_threads(jobs)
+    compile_ahead(ENCODING_KERNELS, show_compiling)
     begin = time.perf_counter()
     try:
         with shown_progress() as show:
@@ -51,15 +54,23 @@ def quantize(src: str, dst: str, recipe: str, jobs: int | None, as_json: bool) -
 
 @contextmanager
 def shown_progress() -> Iterator[Show]:
-    """A bar on a terminal; elsewhere a line for each file that is begun."""
+    """A bar on a terminal, once there is something to show; elsewhere a line for each file that is begun."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Lines().show
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True))
-    with ProgressBar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda step: bar.update(task, description=escape(step.file), completed=step.done, total=step.total)
+    bar = ProgressBar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+    task = bar.add_task("", total=None)
+
+    def show(step: Progress) -> None:
+        bar.start()
+        bar.update(task, description=escape(step.file), completed=step.done, total=step.total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 class Lines:

@@ -7,15 +7,16 @@ from typing import Any
 
 from rich.console import Console
 
+from cli.compiling import show_compiling
 from cli.escape import say
 from cli.options import RunOptions
 from cli.output import AnswerPrinter
 from cli.plan import show
+from cli.quantize import shown_progress
 from hybrid_rt.engine import Engine
 from hybrid_rt.generation import Completion, collect
 from hybrid_rt.sampling import Sampling
 from quant.errors import Dsr1Error
-from quant.kernels import kernels_cached
 
 
 def answer(options: RunOptions, prompt: str, as_json: bool) -> None:
@@ -34,20 +35,22 @@ def answer(options: RunOptions, prompt: str, as_json: bool) -> None:
 
 def load_engine(options: RunOptions) -> Engine:
     """The engine that the options ask for; what the user should know about it goes to standard error."""
-    if not kernels_cached():
-        say("compiling kernels for this processor; this is done once and takes some seconds")
-    engine = Engine.load(
-        options.model,
-        gpu_mem=options.gpu_mem,
-        ram=options.ram,
-        context=options.context,
-        device=options.device,
-        threads=options.threads,
-        verify=options.verify,
-    )
+    with shown_progress() as show_progress:
+        engine = Engine.load(
+            options.model,
+            gpu_mem=options.gpu_mem,
+            ram=options.ram,
+            context=options.context,
+            device=options.device,
+            threads=options.threads,
+            residency=options.residency,
+            verify=options.verify,
+            progress=show_progress,
+            compiling=show_compiling,
+        )
     for note in engine.notes:
         say(note)
-    if (options.gpu_mem, options.ram, options.device) != (None, None, "auto"):
+    if (options.gpu_mem, options.ram, options.residency, options.device) != (None, None, None, "auto"):
         show(engine.plan, engine.folder.name, Console(stderr=True, highlight=False, markup=False))
     return engine
 

@@ -1,6 +1,6 @@
 """An Engine: immutable weights, and the sessions that run on them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from hybrid_rt.cache import LatentCache
 from hybrid_rt.generation_config import load_sampling
 from hybrid_rt.latent_attention import CachedAttention
-from hybrid_rt.loader import Source, load_transformer, open_model
+from hybrid_rt.loader import Loading, Source, load_transformer, open_model
 from hybrid_rt.models import resolve_model
 from hybrid_rt.planning import check_recipe, make_backend, plan_model
 from hybrid_rt.rope import softmax_scale
@@ -21,8 +21,12 @@ from hybrid_rt.transformer import Transformer
 from offload.experts import ExpertBuffers
 from offload.hardware import allowed_cores
 from offload.plan import Plan
+from offload.topology import read_topology
 from quant.errors import ContextError, Dsr1Error, TokenizerError
 from quant.kernels import set_threads
+from quant.kernels.ahead import PACKED_KERNELS, PLAIN_KERNELS, compile_ahead
+from quant.progress import Progress, Steps, untold
+from quant.progress import ignore as ignore_progress
 from quant.store import Store
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -61,29 +65,37 @@ class Engine:
         dtype: str = "bfloat16",
         recipe: str | None = None,
         threads: int | None = None,
+        residency: str | None = None,
         verify: bool = False,
+        progress: Callable[[Progress], None] = ignore_progress,
+        compiling: Steps = untold,
     ) -> "Engine":
         """Open a model folder, a built-in model or a Hub id that was downloaded.
 
         gpu_mem, ram: budgets such as "24G" (GiB). context: tokens a session may hold; by default 32768 or the
         model's maximum. dtype: of activations and of the cache, "bfloat16" or "float32". recipe: that of the store
-        (of the built-in model: the one to take). threads: by default all cores that this process may use. verify:
-        whether to read the whole store once and compare its checksums. Raises Dsr1Error, told in a sentence, when
-        the model cannot run.
+        (of the built-in model: the one to take). threads: by default all cores that this process may use. residency:
+        of routed experts, "mapped", "locked" or "copied"; by default the plan's choice. verify: whether to read the
+        whole store once and compare its checksums. progress: is told of bytes that are verified, locked or copied.
+        compiling: told of kernels that are compiled, which takes seconds the first time on a machine. Raises
+        Dsr1Error, told in a sentence, when the model cannot run.
         """
         notes: list[str] = []
         if dtype not in DTYPES:
             raise Dsr1Error(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-        source = open_model(resolve_model(model, recipe, notes))
+        source = open_model(resolve_model(model, recipe, notes, compiling))
         check_recipe(source, recipe)
         if verify:
-            verify_model(source, notes)
-        plan = plan_model(source, gpu_mem, ram, context, device, dtype, notes)
+            verify_model(source, notes, progress)
+        topology = read_topology()
+        plan = plan_model(source, gpu_mem, ram, context, device, dtype, notes, residency, topology)
         tokenizer = load_tokenizer(source)
         use_threads(threads)
+        compile_ahead(PACKED_KERNELS if isinstance(source, Store) else PLAIN_KERNELS, compiling)
         backend = make_backend(plan)
         buffers = ExpertBuffers(source.config, backend, plan.prefill_chunk)
-        transformer = load_transformer(source, plan, DTYPES[dtype], backend, buffers)
+        loading = Loading(topology, notes, progress)
+        transformer = load_transformer(source, plan, DTYPES[dtype], backend, buffers, loading)
         return cls(source, plan, transformer, buffers, tokenizer, notes)
 
     def session(self) -> Session:
@@ -169,10 +181,10 @@ def load_tokenizer(source: Source) -> Tokenizer:
     return tokenizer
 
 
-def verify_model(source: Source, notes: list[str]) -> None:
+def verify_model(source: Source, notes: list[str], progress: Callable[[Progress], None]) -> None:
     """Compare the checksums of a store. Raises StoreError naming the files that differ."""
     if isinstance(source, Store):
-        source.verify(lambda _: None)
+        source.verify(progress)
     else:
         notes.append("--verify is without effect: a published checkpoint carries no checksums")
 

@@ -4,6 +4,7 @@ What a part gets follows from the plan: in which format, and whether on the mode
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,10 +13,14 @@ from hybrid_rt.layers import Linear
 from hybrid_rt.transformer import Transformer
 from offload.backend import Backend
 from offload.experts import CpuExperts, ExpertBuffers, ExpertWeights, PackedExperts
+from offload.memory import lock
+from offload.node_experts import NodeExperts, copy_records
 from offload.plan import Placement, Plan, planned_component
+from offload.topology import Topology, read_topology
 from quant.checkpoint import Checkpoint
 from quant.dequantize import dequantize
 from quant.formats import QuantTensor
+from quant.progress import Meter, Progress, ignore
 from quant.store import Store, is_store
 
 Source = Checkpoint | Store
@@ -26,17 +31,38 @@ def open_model(folder: Path) -> Source:
     return Store.open(folder) if is_store(folder) else Checkpoint.open(folder)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """The machine to load a model into, and who is told. notes: of what the user should know; they grow.
+
+    progress: is told of experts that are locked or copied.
+    """
+
+    topology: Topology = field(default_factory=read_topology)
+    notes: list[str] = field(default_factory=list)
+    progress: Callable[[Progress], None] = ignore
+
+
 class StoredParts:
     """Weights of a checkpoint or a store, where the plan wants them (`Parts`).
 
-    Matrices and experts stay views of the mapped files, unless they belong on the device. Norms and routers are
-    float32; so is `wkv_b` where there is no GPU tier, because attention reads it in two forms.
+    Matrices stay views of the mapped files unless they belong on the device, and so do experts that are not copied.
+    Norms and routers are float32; so is `wkv_b` where there is no GPU tier, because attention reads it in two forms.
     """
 
     def __init__(
-        self, source: Source, plan: Plan, dtype: torch.dtype, backend: Backend, buffers: ExpertBuffers
+        self,
+        source: Source,
+        plan: Plan,
+        dtype: torch.dtype,
+        backend: Backend,
+        buffers: ExpertBuffers,
+        loading: Loading | None = None,
     ) -> None:
         self.source, self.plan, self.dtype, self.backend, self.buffers = source, plan, dtype, backend, buffers
+        self.loading = loading or Loading()
+        brought = [p.nbytes for p in plan.placements if p.experts is not None and p.residency in ("locked", "copied")]
+        self.meter = Meter(sum(brought), self.loading.progress)
 
     def linear(self, name: str) -> Linear:
         return Linear(self._matrix(name))
@@ -56,7 +82,23 @@ class StoredParts:
         return self.source.weight(name).data
 
     def experts(self, layer: int) -> CpuExperts:
-        return CpuExperts(layer_experts(self.source, layer), self.backend, self.buffers)
+        return CpuExperts(self._experts(layer), self.backend, self.buffers)
+
+    def _experts(self, layer: int) -> list[ExpertWeights] | PackedExperts | NodeExperts:
+        """The routed experts of a layer, resident as the plan says. Other than mapped are only those of a store."""
+        placement = self.plan.placement(layer, "routed_expert")
+        if placement.residency == "mapped" or not isinstance(self.source, Store):
+            return layer_experts(self.source, layer)
+        span, record = self.source.expert_span(layer), self.source.record
+        report = self.meter.of(span.path.name)
+        experts: PackedExperts | NodeExperts
+        if placement.residency == "copied":
+            experts = copy_records(span, record, self.loading.topology, self.loading.notes)
+        else:
+            experts = PackedExperts(self.source.expert_records(layer), record)
+            lock(experts.records)
+        report(span.nbytes)
+        return experts
 
     def _matrix(self, name: str) -> QuantTensor:
         """A matrix in the plan's representation, on the device if the plan has it there."""
@@ -87,8 +129,13 @@ def _expert(source: Checkpoint, prefix: str) -> ExpertWeights:
 
 
 def load_transformer(
-    source: Source, plan: Plan, dtype: torch.dtype, backend: Backend, buffers: ExpertBuffers
+    source: Source,
+    plan: Plan,
+    dtype: torch.dtype,
+    backend: Backend,
+    buffers: ExpertBuffers,
+    loading: Loading | None = None,
 ) -> Transformer:
-    """The model of `source`, for forward passes of as many tokens as `buffers` hold."""
-    parts = StoredParts(source, plan, dtype, backend, buffers)
+    """The model of `source`, for forward passes of as many tokens as `buffers` hold. loading: by default in silence."""
+    parts = StoredParts(source, plan, dtype, backend, buffers, loading)
     return Transformer(source.config, parts, dtype, len(source.mtp_layers)).eval()

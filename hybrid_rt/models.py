@@ -4,6 +4,7 @@ from pathlib import Path
 
 from quant.errors import CheckpointError, StoreError
 from quant.hub import HUB_ID
+from quant.progress import Steps, untold
 
 NANO_R1 = Path(__file__).parent / "nano_r1"
 DEFAULT_MODEL = "nano-r1"
@@ -11,22 +12,23 @@ CHECKPOINT = "nano-r1-fp8"
 BUILT_IN = (DEFAULT_MODEL, CHECKPOINT)
 
 
-def resolve_model(name: str | Path | None, recipe: str | None, notes: list[str]) -> Path:
+def resolve_model(name: str | Path | None, recipe: str | None, notes: list[str], compiling: Steps = untold) -> Path:
     """The folder of a model: a folder's path, a built-in name, a Hub id downloaded before, or None for the default.
 
-    recipe: of the built-in model's store. What a user should know about the choice is added to `notes`. Raises
+    recipe: of the built-in model's store. What a user should know about the choice is added to `notes`; `compiling` is
+    told of the kernels that make the store. Raises
     CheckpointError when there is no such model, StoreError when there is no such recipe.
     """
     if name is None or str(name) == DEFAULT_MODEL:
-        return _nano_store(recipe, notes)
+        return _nano_store(recipe, notes, compiling)
     return resolve_checkpoint(name)
 
 
-def _nano_store(recipe: str | None, notes: list[str]) -> Path:
+def _nano_store(recipe: str | None, notes: list[str], compiling: Steps) -> Path:
     from hybrid_rt.nano_store import nano_store
 
     try:
-        return nano_store(recipe)
+        return nano_store(recipe, compiling)
     except OSError as error:
         if recipe is not None:
             raise StoreError(f"nano-r1's store cannot be made in the cache folder ({error})") from None

@@ -10,21 +10,25 @@ from hybrid_rt.models import NANO_R1
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.errors import StoreError
+from quant.kernels.ahead import ENCODING_KERNELS, PACKED_KERNELS, compile_ahead
+from quant.progress import Steps, untold
 from quant.recipes import DEFAULT_RECIPE, find_recipe
 from quant.store import is_store
 from quant.user_cache import user_cache
 
 
-def nano_store(recipe: str | None) -> Path:
+def nano_store(recipe: str | None, compiling: Steps = untold) -> Path:
     """The folder of the store. Processes that make it at once do not meet: the first to finish puts its own in place.
 
-    recipe: None for the default. Raises OSError where the cache cannot be written, StoreError for an unknown recipe.
+    recipe: None for the default. compiling: told of the kernels that make the store and then run it. Raises OSError
+    where the cache cannot be written, StoreError for an unknown recipe.
     """
     name = find_recipe(recipe or DEFAULT_RECIPE).name
     folder = user_cache() / "stores" / f"nano-r1-{name}-{_fingerprint()}"
     if is_store(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    compile_ahead([*PACKED_KERNELS, *ENCODING_KERNELS], compiling)
     own = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         convert(Checkpoint.open(NANO_R1), own, name)

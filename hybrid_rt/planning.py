@@ -6,9 +6,11 @@ from hybrid_rt.loader import Source
 from offload.backend import Backend, CpuBackend
 from offload.emulate import EmulatedBackend, Ledger
 from offload.hardware import choose_device, usable_ram
+from offload.memory import check_lockable
 from offload.plan import Device, Plan
-from offload.planner import Budget, choose_context, make_plan
+from offload.planner import Budget, choose_context, choose_residency, make_plan
 from offload.sizes import parse_size
+from offload.topology import Topology, read_topology
 from quant.errors import DeviceError, Dsr1Error
 from quant.inventory import TensorSpec
 from quant.store import Store
@@ -22,21 +24,31 @@ def plan_model(
     device: str,
     dtype: str,
     notes: list[str],
+    residency: str | None = None,
+    topology: Topology | None = None,
 ) -> Plan:
-    """Where the parts of `source` go. Raises PlanError when they do not fit, DeviceError for a device there is not."""
+    """Where the parts of `source` go. Raises PlanError when they do not fit, DeviceError for a device there is not.
+
+    residency: of routed experts, chosen by default. topology: by default that of this machine.
+    """
 
     def available(spec: TensorSpec) -> Sequence[str]:
         return source.representations(spec.name)
 
     chosen, gpu_bytes = runnable_device(device, None if gpu_mem is None else parse_size(gpu_mem), notes)
+    nodes = (topology or read_topology()).available
     budget = Budget(
         device=chosen,
         gpu_mem=gpu_bytes,
         ram=usable_ram() if ram is None else parse_size(ram),
         context=choose_context(context, source.config.max_seq_len, notes),
         dtype=dtype,
+        residency=choose_residency(residency, source.inventory, available, nodes, notes),
+        nodes=len(nodes),
     )
-    return make_plan(source.inventory, available, budget, notes)
+    plan = make_plan(source.inventory, available, budget, notes)
+    check_lockable(plan.resident_bytes("locked"))
+    return plan
 
 
 def runnable_device(asked: str, gpu_mem: int | None, notes: list[str]) -> tuple[Device, int]:

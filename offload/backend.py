@@ -45,6 +45,10 @@ class Backend(Protocol):
     def main(self) -> Stream:
         """The stream of the model's own operators."""
 
+    @property
+    def is_host(self) -> bool:
+        """Whether the device is the host itself: one memory, and all work runs at once on the caller's thread."""
+
     def stream(self, name: str) -> Stream:
         """A new stream beside `main`."""
 
@@ -90,6 +94,7 @@ class CpuBackend:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device, self.main = torch.device(device), Stream("main")
+        self.is_host = self.device.type == "cpu"
 
     def stream(self, name: str) -> Stream:
         return Stream(name)
@@ -161,6 +166,10 @@ class RecordingBackend:
     @property
     def main(self) -> Stream:
         return self.inner.main
+
+    @property
+    def is_host(self) -> bool:
+        return False  # so that what a device would be asked for is asked for, and noted
 
     def buffer(self, tensor: Tensor) -> int:
         """The number of the storage that `tensor` is a view of."""

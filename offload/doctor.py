@@ -8,25 +8,30 @@ import psutil
 
 from offload.checks.bandwidth import bandwidth
 from offload.checks.check import Check
+from offload.checks.disk import any_disk, disk
 from offload.checks.folders import hub_cache, hub_cache_folder, kernel_cache
 from offload.checks.gpu import gpu
 from offload.checks.memory import huge_pages, locked_memory, numa, overcommit, ram, swap
 from offload.checks.models import models
 from offload.checks.processor import amx, cores, instruction_sets, processor
 from offload.checks.software import operating_system, packages, python
-from offload.hardware import allowed_cores, cpu_quota, gpus, memory_limit, usable_ram
+from offload.hardware import allowed_cores, cpu_quota, gpus, lockable, memory_limit, usable_ram
+from offload.topology import read_topology
+from quant import isa
 from quant.user_cache import user_cache
 
 ROOT = Path("/")
 
 
-def examine(root: Path = ROOT, measure: bool = False) -> list[Check]:
+def examine(root: Path = ROOT, measure: bool = False, model: Path | None = None) -> list[Check]:
     """All checks; what this platform does not tell is left out.
 
-    root: where /proc, /sys and /etc are. measure: whether to measure how fast RAM is read, which takes some seconds.
+    root: where /proc, /sys and /etc are. measure: whether to measure how fast RAM and the disk are read, which takes
+    some seconds. model: the folder whose disk that is, by default that of the largest model in the cache folders.
     """
     checks = [*_software(root), *_processor(root), *_memory(root), gpu(gpus()), *_folders()]
     if measure:
+        checks.append(any_disk([user_cache(), hub_cache_folder()]) if model is None else disk(model))
         checks.append(bandwidth(usable_ram()))
     return [check for check in checks if check is not None]
 
@@ -40,10 +45,18 @@ def _processor(root: Path) -> list[Check | None]:
     return [
         processor(root),
         cores(allowed_cores(), os.cpu_count() or 1, quota),
-        instruction_sets(root, os.environ.get("NUMBA_CPU_NAME")),
+        _instruction_sets(),
         amx(root),
-        numa(root),
+        numa(read_topology(root)),
     ]
+
+
+def _instruction_sets() -> Check | None:
+    try:
+        names = isa.available()
+    except (ImportError, OSError):  # llvmlite is missing or broken, of which the check of the packages tells
+        return None
+    return instruction_sets(names, os.environ.get("NUMBA_CPU_NAME"))
 
 
 def _memory(root: Path) -> list[Check | None]:
@@ -52,7 +65,7 @@ def _memory(root: Path) -> list[Check | None]:
     return [
         ram(memory.total, memory.available, limit, usable),
         models(usable),
-        locked_memory(),
+        locked_memory(lockable()),
         huge_pages(root),
         overcommit(root),
         swap(root),

@@ -90,6 +90,7 @@ class EmulatedBackend(CpuBackend):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__("cpu")
         self.ledger = ledger
+        self.is_host = False  # it has a memory of its own
         self.on_host = False  # whether what runs now would run on the host
 
     def place(self, label: str, tensor: Tensor) -> Tensor:

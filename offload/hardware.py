@@ -1,6 +1,7 @@
 """What this machine has: RAM and GPU memory, asked for without importing torch."""
 
 import os
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ MEMORY_FILES = (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss")) 
 CPU_FILES = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
 UNLIMITED = 2**62  # version 1 writes a number above this one where there is no limit
 NVIDIA_SECONDS = 10
+CAP_IPC_LOCK = 14  # Linux's number of the right to lock memory without a limit
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,34 @@ class Gpu:
     memory: GpuMemory
 
 
+def allowed_cpus() -> list[int]:
+    """Numbers of the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def allowed_cores() -> int:
     """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(allowed_cpus())
+
+
+def lockable(proc: Path = PROC) -> int | None:
+    """Bytes that this process may keep from being paged out; None without a limit."""
+    try:
+        import resource
+    except ImportError:  # off Unix
+        return 0
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if limit == resource.RLIM_INFINITY or _has_capability(CAP_IPC_LOCK, proc) else limit
+
+
+def _has_capability(bit: int, proc: Path) -> bool:
+    try:
+        held = re.search(r"^CapEff:\s+([0-9a-f]+)$", (proc / "self" / "status").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return held is not None and bool(int(held[1], 16) >> bit & 1)
 
 
 def usable_ram() -> int:

@@ -6,7 +6,7 @@ Plain data that can be printed, saved and compared. offload/planner.py makes it,
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from quant.errors import Dsr1Error
 from quant.inventory import Component, TensorSpec
@@ -15,8 +15,10 @@ PLAN_VERSION = 1
 
 Device = Literal["cuda", "cpu", "emulate"]
 Tier = Literal["gpu", "ram"]
-# mapped: pages of the file. locked: mapped and kept in RAM. copied: anonymous memory. disk: read when needed.
-Residency = Literal["mapped", "locked", "copied", "gpu", "disk"]
+# mapped: pages of the file, which Linux may drop. locked: mapped and kept in RAM. copied: anonymous memory.
+RamResidency = Literal["mapped", "locked", "copied"]
+RAM_RESIDENCIES: tuple[RamResidency, ...] = get_args(RamResidency)
+Residency = RamResidency | Literal["gpu", "disk"]  # disk: read when needed
 # `wkv_b` stands alone: attention reads it in two forms, so it lives in another form than its neighbours.
 PlanComponent = Component | Literal["kv_b"]
 
@@ -75,7 +77,8 @@ class Plan:
     n_layers: MTP layers are numbered from there. context: tokens that the latent cache holds. prefill_chunk: most
     tokens of a forward pass. cache_bytes: of the latent cache in cache_dtype. workspace_bytes: temporaries of a forward
     pass. These two are on the GPU, or in RAM where there is none. reserve_bytes: what CUDA itself takes. host_bytes:
-    buffers through which experts get their inputs. decode_ram_bytes: weights read from RAM for a token.
+    buffers through which experts get their inputs. decode_ram_bytes: weights read from RAM for a token. nodes: NUMA
+    nodes that copied experts are split over.
     """
 
     device: Device
@@ -92,6 +95,7 @@ class Plan:
     decode_ram_bytes: int
     placements: tuple[Placement, ...]
     notes: tuple[str, ...] = ()
+    nodes: int = 1
     version: int = PLAN_VERSION
 
     @property
@@ -114,6 +118,10 @@ class Plan:
     def weight_bytes(self, tier: Tier) -> int:
         """Bytes of the weights in `tier`."""
         return sum(placement.nbytes for placement in self.placements if placement.tier == tier)
+
+    def resident_bytes(self, residency: Residency) -> int:
+        """Bytes of the weights that live in one way."""
+        return sum(placement.nbytes for placement in self.placements if placement.residency == residency)
 
     @cached_property
     def _by_key(self) -> dict[tuple[int | None, PlanComponent], Placement]:
@@ -148,7 +156,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan and its sums as a JSON object, in a fixed order."""
-        sums = {"gpu_bytes": self.gpu_bytes, "ram_bytes": self.ram_bytes}
+        mapped = self.resident_bytes("mapped")
+        sums = {"gpu_bytes": self.gpu_bytes, "ram_bytes": self.ram_bytes, "ram_mapped_bytes": mapped}
         fields = asdict(self)
         return {"version": fields.pop("version"), **sums, **fields}
 

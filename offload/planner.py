@@ -2,6 +2,7 @@
 
 With a GPU, everything that each token reads goes there: attention, dense layers, shared experts, norms, routers and the
 head, with the latent cache and the workspace. Routed experts, the embedding and the MTP layers stay in mapped files.
+Where a machine has several NUMA nodes, routed experts are copied into their memory.
 The most exact representations come first; where they do not fit, one component after the other takes its smallest.
 """
 
@@ -10,11 +11,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from offload.plan import (
+    RAM_RESIDENCIES,
     Device,
     Placement,
     Plan,
     PlanComponent,
     PlanError,
+    RamResidency,
     Residency,
     Tier,
     planned_component,
@@ -22,7 +25,7 @@ from offload.plan import (
 from offload.sizes import format_size
 from offload.workspace import host_bytes, workspace_bytes
 from quant.config import ModelConfig
-from quant.errors import ContextError
+from quant.errors import ContextError, UsageError
 from quant.inventory import Inventory, TensorSpec, cache_bytes
 from quant.packed import PACKED_FORMATS, ExpertRecord
 from quant.recipes import DEFAULT_RECIPE, RECIPES, representations, stored_bytes
@@ -45,13 +48,18 @@ Available = Callable[[TensorSpec], Sequence[str]]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan may take and must hold. gpu_mem, ram: bytes. context: tokens. dtype: of activations and cache."""
+    """What a plan may take and must hold. gpu_mem, ram: bytes. context: tokens. dtype: of activations and cache.
+
+    residency: of routed experts. nodes: NUMA nodes to split them over if they are copied.
+    """
 
     device: Device
     gpu_mem: int
     ram: int
     context: int
     dtype: str = "bfloat16"
+    residency: RamResidency = "mapped"
+    nodes: int = 1
 
 
 def make_plan(inventory: Inventory, available: Available, budget: Budget, notes: Sequence[str] = ()) -> Plan:
@@ -73,6 +81,42 @@ def choose_context(asked: int | None, maximum: int, notes: list[str]) -> int:
     if asked > maximum:
         raise ContextError(f"a context of {asked} tokens is more than the model's maximum; give at most {maximum}")
     return asked
+
+
+def choose_residency(
+    asked: str | None, inventory: Inventory, available: Available, node_bytes: Sequence[int], notes: list[str]
+) -> RamResidency:
+    """How routed experts live in RAM: as asked, or copied where there are several NUMA nodes, or else mapped.
+
+    node_bytes: what each node has left. Raises UsageError for an unknown name, PlanError for what cannot be.
+    """
+    residency, forms = _parse_residency(asked), _expert_forms(inventory, available)
+    if any(form.representation not in PACKED_FORMATS for form in forms):
+        if residency in (None, "mapped"):
+            return "mapped"
+        raise PlanError(
+            f"only a store's experts can be {residency}, and these are {forms[0].representation} as they were "
+            "published; make a store with `dsr1 quantize`, or leave --residency out"
+        )
+    share, left = ceil(sum(form.nbytes for form in forms) / len(node_bytes)), min(node_bytes)
+    is_split = len(node_bytes) > 1 and residency in (None, "copied")
+    if not is_split or left >= share:
+        return residency or ("copied" if is_split else "mapped")
+    short = f"each of the {len(node_bytes)} NUMA nodes would take {format_size(share)} of the routed experts, and one "
+    short += f"has {format_size(left)} free"
+    if residency == "copied":
+        raise PlanError(f"{short}; take --residency mapped, or free RAM there")
+    notes.append(f"{short}, so they are mapped and not copied")
+    return "mapped"
+
+
+def _parse_residency(asked: str | None) -> RamResidency | None:
+    for residency in RAM_RESIDENCIES:
+        if residency == asked:
+            return residency
+    if asked is None:
+        return None
+    raise UsageError(f"there is no residency {asked!r}; give one of {', '.join(RAM_RESIDENCIES)}")
 
 
 @dataclass(frozen=True)
@@ -99,24 +143,36 @@ class _Part:
         return Placement(*key, self.tier, form.representation, self.residency, form.nbytes)
 
 
-def _parts(inventory: Inventory, available: Available, device: Device) -> Iterator[_Part]:
+def _parts(inventory: Inventory, available: Available, budget: Budget) -> Iterator[_Part]:
     """The components of all layers, in the order in which a token meets them."""
     groups: dict[tuple[int | None, PlanComponent], list[TensorSpec]] = {}
     for spec in inventory.tensors:
         groups.setdefault((spec.layer, planned_component(spec)), []).append(spec)
     for (layer, component), specs in groups.items():
-        tier = _tier(component, device, is_mtp=layer in inventory.mtp_layers)
+        is_mtp = layer in inventory.mtp_layers
+        tier = _tier(component, budget.device, is_mtp)
         choices = [available(spec) for spec in specs]
         exact, smallest = (_form(inventory.config, specs, [choice[pick] for choice in choices]) for pick in (0, -1))
         residency: Residency = "gpu" if tier == "gpu" else "mapped"
+        if component == "routed_expert" and not is_mtp:  # nobody runs those of MTP layers yet
+            residency = budget.residency
         if component in FLOAT32_COMPONENTS or component == "kv_b" and tier == "ram":
             if tier == "ram" and exact.representation != "f32":
                 residency = "copied"
             exact = smallest = _form(inventory.config, specs, ["f32"] * len(specs))
-        elif tier == "ram" and device != "cpu":
+        elif tier == "ram" and budget.device != "cpu":
             smallest = exact  # it is the GPU that is short, if anything
         experts = (0, inventory.config.n_routed_experts) if component == "routed_expert" else None
         yield _Part(layer, component, experts, tier, residency, exact, smallest)
+
+
+def _expert_forms(inventory: Inventory, available: Available) -> list[_Form]:
+    """The routed experts of each layer but the MTP layers."""
+    layers: dict[int | None, list[TensorSpec]] = {}
+    for spec in inventory.by_component["routed_expert"]:
+        if spec.layer not in inventory.mtp_layers:
+            layers.setdefault(spec.layer, []).append(spec)
+    return [_form(inventory.config, specs, [available(spec)[0] for spec in specs]) for specs in layers.values()]
 
 
 def _tier(component: PlanComponent, device: Device, is_mtp: bool) -> Tier:
@@ -134,7 +190,7 @@ def _form(config: ModelConfig, specs: Sequence[TensorSpec], chosen: Sequence[str
 
 def _drafts(inventory: Inventory, available: Available, budget: Budget, notes: tuple[str, ...] = ()) -> Iterator[Plan]:
     """Plans to try: from the most exact to the smallest."""
-    config, parts = inventory.config, list(_parts(inventory, available, budget.device))
+    config, parts = inventory.config, list(_parts(inventory, available, budget))
     chunk, *smaller = dict.fromkeys(min(chunk, budget.context) for chunk in PREFILL_CHUNKS)
     reduced: tuple[PlanComponent, ...] = ()
     yield _draft(config, parts, budget, reduced, chunk, notes)
@@ -170,6 +226,7 @@ def _draft(
         decode_ram_bytes=_decode_ram_bytes(config, placements),
         placements=placements,
         notes=notes,
+        nodes=budget.nodes if budget.residency == "copied" else 1,
     )
 
 

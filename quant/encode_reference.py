@@ -1,7 +1,8 @@
 """How weights become codes and scales, in plain NumPy: the judge of quant/kernels/encode.py, byte by byte.
 
 Everything is float32 and happens in one order. Shapes: R rows and B blocks of 128 columns, padded; each block's row
-holds P groups of `fmt.group` columns. Groups are [R, B, P, group], a value for each of them is [R, B, P].
+holds P groups of `fmt.group` columns. Groups are [R, B, P, group], a value for each of them is [R, B, P], one for each
+block's row [R, B, 1]; A anchors are tried.
 """
 
 from typing import Any, NamedTuple
@@ -9,26 +10,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.packed import BLOCK_K, PackedFormat
+from quant.packed import BLOCK_K, HIGHEST_INTEGER, INTEGER_STEP, LOWEST_INTEGER, IntegerKind, PackedFormat
 from quant.packing import Codes, bf16_of_float, float_of_bf16, padded_shape
 
 Floats = NDArray[np.float32]
 
 # Where the search begins: the group's largest value stands at one of these levels; scales may have either sign. Chosen
-# one by one, each the best beside those before it, on Gaussian and Laplacian weights. 52 instead of 12 gain 0.1 %.
+# one by one, each the best beside those before it, on Gaussian, Laplacian and (fast) Student's t weights.
 ANCHORS = {
-    "fast": (-8.2, 7.2, -7.8, -8.6, -9.0, 6.8, -8.4, 6.2),
+    "fast": (-8.2, -7.2, -8.8, -7.8, 6.8, -6.2, -8.4, -9.2),
     "accurate": (-128.0, 116.0, -108.0, -124.0, -136.0, 112.0, 92.0, -112.0, 120.0, -88.0, -132.0, -104.0),
     "q8": (127.0, 126.0, 125.0, 124.0, 123.0, 122.0, 121.0, 120.0),
 }
-# The largest of a block row's scales becomes one of these integers, times the row's own scale.
-TOP_INTEGERS = (31.0, 30.0, 29.0, 28.0, 27.0, 26.0, 25.0, 24.0)
-SMALLEST_INTEGER, LARGEST_INTEGER = np.float32(-32), np.float32(31)
+# The d that are tried: the largest of a block row's scales over each of these.
+TOP_INTEGERS: dict[IntegerKind, tuple[float, ...]] = {
+    "odd4": (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0),
+    "i6": (31.0, 30.0, 29.0, 28.0, 27.0, 26.0, 25.0, 24.0),
+}
 # Of a block's row, so that no square overflows or vanishes.
 SMALLEST_POWER, LARGEST_POWER = np.float32(2.0**-100), np.float32(2.0**100)
 NEGLIGIBLE = np.float32(2.0**-60)  # a group whose values are all below this, once scaled, becomes zeros
 EXPONENT_BITS = 0x7F800000
-ONE, ZERO = np.float32(1), np.float32(0)
+ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
 
 
 class Rows(NamedTuple):
@@ -38,10 +41,29 @@ class Rows(NamedTuple):
     power: Floats
 
 
+class Fits(NamedTuple):
+    """The levels that each anchor gives to each group, [A, R, B, P].
+
+    scale: the best one for these levels. squares: Σ level²; a scale that is off by x adds x² times that to the error.
+    gain: by how much levels and scale bring Σ x² down.
+    """
+
+    scale: Floats
+    squares: Floats
+    gain: Floats
+
+
 def quantise(weight: Floats, fmt: PackedFormat) -> Codes:
     """The codes and scales of a finite matrix [N, K], padded to whole blocks with zeros."""
     rows = _normalise(weight, fmt)
-    return _quantise_two_scales(rows, fmt) if fmt.scale == "i6xbf16" else _quantise_groups(rows, fmt)
+    if fmt.integers is None:
+        stored, d = _one_scale(rows, fmt)
+        integers = np.ones_like(d)
+    else:
+        integers, first_d = _two_scales(rows, fmt, fmt.integers)
+        stored, d = _refit(rows, integers, first_d, fmt)
+    codes = _nearest_codes(rows.groups, _over(ONE, integers * d), fmt)
+    return Codes(_matrix(codes), _matrix(integers.astype(np.int8)), _matrix(bf16_of_float(stored)))
 
 
 def _normalise(weight: Floats, fmt: PackedFormat) -> Rows:
@@ -54,73 +76,74 @@ def _normalise(weight: Floats, fmt: PackedFormat) -> Rows:
     return Rows((blocks * (ONE / power)).reshape(*blocks.shape[:2], -1, fmt.group), power)
 
 
-def _quantise_groups(rows: Rows, fmt: PackedFormat) -> Codes:
-    """A bfloat16 for each group: the best of those that the anchors lead to."""
-    peak = _peaks(rows.groups)
-    best_stored, best, least = np.zeros_like(peak), np.zeros_like(peak), np.full_like(peak, np.inf)
+def _one_scale(rows: Rows, fmt: PackedFormat) -> tuple[Floats, Floats]:
+    """The best d that puts a block row's largest value at an anchor: as stored, and over 2^e."""
+    peak: Floats = np.abs(_peaks(rows.groups))
+    best_stored, best, least = np.zeros_like(peak), np.zeros_like(peak), np.full_like(peak, INFINITY)
     for anchor in ANCHORS[fmt.name]:
-        products, squares = _fit(rows.groups, _over(np.float32(anchor), peak), fmt)
-        stored, scale = _store(products / squares, rows, largest_scale(fmt))
-        error = _error(rows.groups, scale, fmt)
+        stored, d = _store(peak / np.float32(anchor), rows, largest_scale(fmt))
+        error = _error(rows.groups, d, fmt)
         better = error < least
-        best_stored, best = np.where(better, stored, best_stored), np.where(better, scale, best)
-        least = np.where(better, error, least)
-    codes = _nearest_codes(rows.groups, _over(ONE, best), fmt)
-    return Codes(_matrix(codes), _matrix(bf16_of_float(best_stored)))
-
-
-def _quantise_two_scales(rows: Rows, fmt: PackedFormat) -> Codes:
-    """A bfloat16 d for each block's row and an integer s for each group, whose scale is s × d."""
-    fitted, squares = _real_scales(rows.groups, fmt)
-    stored, d = _block_scales(fitted, squares, rows, fmt)
-    integers = _nearest_integers(fitted, d)
-    codes = _nearest_codes(rows.groups, _over(ONE, integers * d), fmt)
-    return Codes(_matrix(codes), _matrix(integers.astype(np.int8)), _matrix(bf16_of_float(stored)))
-
-
-def _real_scales(groups: Floats, fmt: PackedFormat) -> tuple[Floats, Floats]:
-    """The best scale of each group before it is rounded, and Σ level²: how the error grows with the scale's."""
-    peak = _peaks(groups)
-    fitted, curvature, most = np.zeros_like(peak), np.zeros_like(peak), np.full_like(peak, -1)
-    for anchor in ANCHORS[fmt.name]:
-        products, squares = _fit(groups, _over(np.float32(anchor), peak), fmt)
-        scale = products / squares
-        gain = scale * products  # by how much these levels bring Σ x² down
-        better = most < gain
-        fitted, curvature = np.where(better, scale, fitted), np.where(better, squares, curvature)
-        most = np.where(better, gain, most)
-    return np.where(peak == 0, ZERO, fitted), curvature
-
-
-def _block_scales(fitted: Floats, squares: Floats, rows: Rows, fmt: PackedFormat) -> tuple[Floats, Floats]:
-    """The d whose multiples are nearest to the groups' scales: as stored, and over 2^e. [R, B, 1]."""
-    top = np.abs(fitted).max(axis=2, keepdims=True)
-    best_stored, best, least = np.zeros_like(top), np.zeros_like(top), np.full_like(top, np.inf)
-    for integer in TOP_INTEGERS:
-        stored, d = _store(top / np.float32(integer), rows, largest_scale(fmt))
-        off = _nearest_integers(fitted, d) * d - fitted
-        cost = _dot(squares * off, off)[..., None]
-        better = cost < least
         best_stored, best = np.where(better, stored, best_stored), np.where(better, d, best)
-        least = np.where(better, cost, least)
+        least = np.where(better, error, least)
     return best_stored, best
 
 
-def _nearest_integers(scale: Floats, d: Floats) -> Floats:
-    return np.rint(np.clip(scale * _over(ONE, d), SMALLEST_INTEGER, LARGEST_INTEGER))
+def _two_scales(rows: Rows, fmt: PackedFormat, kind: IntegerKind) -> tuple[Floats, Floats]:
+    """The integers of all groups, and the d (over 2^e), with the least error as far as the anchors' fits tell it."""
+    fits = _fit_anchors(rows.groups, fmt)
+    first = fits.gain.argmax(axis=0)[None]
+    top = np.abs(np.take_along_axis(fits.scale, first, axis=0)[0]).max(axis=2, keepdims=True)
+    best, least = np.zeros_like(top), np.full_like(top, INFINITY)
+    for integer in TOP_INTEGERS[kind]:
+        _, d = _store(top / np.float32(integer), rows, largest_scale(fmt))
+        cost = _sum(_cheapest_integers(fits, d, kind)[1])[..., None]
+        best, least = np.where(cost < least, d, best), np.where(cost < least, cost, least)
+    return _cheapest_integers(fits, best, kind)[0], best
+
+
+def _fit_anchors(groups: Floats, fmt: PackedFormat) -> Fits:
+    peak = _peaks(groups)
+    sums = [_fit(groups, _over(np.float32(anchor), peak), fmt) for anchor in ANCHORS[fmt.name]]
+    products, squares = (np.stack(values) for values in zip(*sums, strict=True))
+    scale = products / np.maximum(squares, ONE)
+    return Fits(scale, squares, scale * products)
+
+
+def _cheapest_integers(fits: Fits, d: Floats, kind: IntegerKind) -> tuple[Floats, Floats]:
+    """For each group the integer that is nearest to one of its fits, the best of them; and the error, less Σ x²."""
+    integers = _nearest_integers(fits.scale, d, kind)
+    off = integers * d - fits.scale
+    cost = fits.squares * off * off - fits.gain
+    cheapest = cost.argmin(axis=0)[None]
+    chosen, least = (np.take_along_axis(values, cheapest, axis=0)[0] for values in (integers, cost))
+    return chosen, least
+
+
+def _nearest_integers(scale: Floats, d: Floats, kind: IntegerKind) -> Floats:
+    lowest, step = np.float32(LOWEST_INTEGER[kind]), np.float32(INTEGER_STEP[kind])
+    bounded = np.clip(scale * _over(ONE, d), lowest, np.float32(HIGHEST_INTEGER[kind]))
+    return np.rint((bounded - lowest) * (ONE / step)) * step + lowest
+
+
+def _refit(rows: Rows, integers: Floats, d: Floats, fmt: PackedFormat) -> tuple[Floats, Floats]:
+    """The best d for these integers and the levels that are nearest with the d so far: as stored, and over 2^e."""
+    products, squares = _fit(rows.groups, _over(ONE, integers * d), fmt)
+    numerator, denominator = _sum(integers * products), _sum(integers * integers * squares)
+    return _store(_over(numerator, denominator)[..., None], rows, largest_scale(fmt))
 
 
 def _store(scale: Floats, rows: Rows, largest: np.float32) -> tuple[Floats, Floats]:
-    """A scale times 2^e as a bfloat16 holds it; and that over 2^e. Nothing decoded from it overflows; -0 becomes 0."""
-    stored = float_of_bf16(bf16_of_float(np.clip(scale * rows.power, -largest, largest))) + ZERO
+    """A scale times 2^e as a bfloat16 holds it; and that over 2^e. Nothing decoded from it overflows; never below 0."""
+    stored = float_of_bf16(bf16_of_float(np.clip(scale * rows.power, ZERO, largest))) + ZERO
     return stored, stored * (ONE / rows.power)
 
 
 def largest_scale(fmt: PackedFormat) -> np.float32:
-    """The largest bfloat16 whose product with every level (and 6-bit integer) is finite."""
+    """The largest bfloat16 whose product with every level and integer is finite."""
     most = np.float32(max(map(abs, fmt.levels)) if fmt.levels else fmt.zero)
-    if fmt.scale == "i6xbf16":
-        most *= -SMALLEST_INTEGER
+    if fmt.integers is not None:
+        most *= np.float32(-LOWEST_INTEGER[fmt.integers])
     quotient = np.array([np.finfo(np.float32).max / most], np.float32)
     return np.float32((quotient.view(np.uint32) & 0xFFFF0000).view(np.float32)[0])
 
@@ -137,13 +160,13 @@ def midpoints(fmt: PackedFormat) -> Floats:
 
 
 def _peaks(groups: Floats) -> Floats:
-    """The value of largest magnitude of each group, the first of equals; 0 where it is negligible."""
-    at = np.abs(groups).argmax(axis=3)[..., None]
-    peak = np.take_along_axis(groups, at, axis=3)[..., 0]
+    """The value of largest magnitude of each group, the positive one of equals; 0 where it is negligible."""
+    highest, lowest = groups.max(axis=3), groups.min(axis=3)
+    peak = np.where(highest < -lowest, lowest, highest)
     return np.where(np.abs(peak) < NEGLIGIBLE, ZERO, peak)
 
 
-def _over(numerator: np.float32, divisor: Floats) -> Floats:
+def _over(numerator: np.float32 | Floats, divisor: Floats) -> Floats:
     """numerator / divisor, and 0 where the divisor is 0."""
     return np.divide(numerator, divisor, out=np.zeros_like(divisor), where=divisor != 0)
 
@@ -164,22 +187,22 @@ def _nearest_levels(groups: Floats, inverse: Floats, fmt: PackedFormat) -> Float
 
 
 def _fit(groups: Floats, inverse: Floats, fmt: PackedFormat) -> tuple[Floats, Floats]:
-    """Σ level × x and Σ level² (at least 1): their quotient is the best scale for these levels."""
+    """Σ level × x and Σ level², with the levels nearest to the values times `inverse`."""
     levels = _nearest_levels(groups, inverse, fmt)
-    return _dot(levels, groups), np.maximum(_dot(levels, levels), ONE)
+    return _sum(levels * groups), _sum(levels * levels)
 
 
 def _error(groups: Floats, scale: Floats, fmt: PackedFormat) -> Floats:
     """Σ (x - level × scale)², with the nearest levels."""
     off = groups - _nearest_levels(groups, _over(ONE, scale), fmt) * scale[..., None]
-    return _dot(off, off)
+    return _sum(off * off)
 
 
-def _dot(a: Floats, b: Floats) -> Floats:
-    """Σ a × b over the last axis, added one after the other."""
-    total = np.zeros(a.shape[:-1], np.float32)
-    for k in range(a.shape[-1]):
-        total += a[..., k] * b[..., k]
+def _sum(values: Floats) -> Floats:
+    """Σ over the last axis, added one after the other."""
+    total = np.zeros(values.shape[:-1], np.float32)
+    for k in range(values.shape[-1]):
+        total += values[..., k]
     return total
 
 

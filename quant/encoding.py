@@ -4,6 +4,7 @@ import torch
 
 from quant.encode_reference import ANCHORS
 from quant.kernels import encode as encode_kernel
+from quant.kernels.decode import PACKED_CODES
 from quant.kernels.threads import call, parts_for
 from quant.packed import TILE_ROWS, PackedFormat, tiles
 
@@ -30,10 +31,10 @@ def encode(weight: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
 
 
 def _encode_strip(weight: torch.Tensor, fmt: PackedFormat, out: torch.Tensor) -> None:
-    if not torch.isfinite(weight).all():
+    if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():  # ten times faster than isfinite
         raise ValueError(f"weights that are NaN or infinite in float32 cannot be packed as {fmt.name}")
     (n, k), parts = weight.shape, parts_for(weight.numel() * WORK)
     table = encode_kernel.search_table(fmt)
     scratch = torch.empty(parts * encode_kernel.SCRATCH_BYTES, dtype=torch.uint8)
     addresses = (weight.data_ptr(), table.ctypes.data, out.data_ptr(), scratch.data_ptr())
-    call(encode_kernel.encode, (*addresses, n, k, fmt.group, fmt.bits, len(ANCHORS[fmt.name])), parts)
+    call(encode_kernel.encode, (*addresses, n, k, PACKED_CODES[fmt.name], len(ANCHORS[fmt.name])), parts)

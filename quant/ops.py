@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from quant.formats import FORMATS, Format, QuantTensor
+from quant.isa import has_tiles
 from quant.kernels import linear as linear_kernel
 from quant.kernels import moe, packed_linear, packed_moe
 from quant.kernels.decode import PACKED_CODES
 from quant.kernels.jit import Kernel
 from quant.kernels.routing import order_integers
 from quant.kernels.threads import call, parts_for, thread_count
-from quant.kernels.tile_unit import tiles_granted
 from quant.kernels.vector import BF16_CODE, F32_CODE, FP8_CODE
 from quant.packed import PACKED_FORMATS, PackedFormat
 
@@ -128,7 +128,7 @@ def _packed_linear_cpu(x: Tensor, data: Tensor, name: str, n: int, k: int) -> Te
         parts = parts_for(tokens * n * k)
         scratch = torch.empty(packed_linear.scratch_bytes(tokens, k, parts), dtype=torch.uint8)
         addresses = (x32.data_ptr(), data.data_ptr(), out.data_ptr(), scratch.data_ptr())
-        call(packed_linear.packed_linear, (*addresses, tokens, n, k, PACKED_CODES[name], int(tiles_granted())), parts)
+        call(packed_linear.packed_linear, (*addresses, tokens, n, k, PACKED_CODES[name], int(has_tiles())), parts)
     return out.to(x.dtype)
 
 
@@ -193,7 +193,7 @@ PACKED_MOE = MoeKernel(
     scratch_floats=packed_moe.scratch_floats,
     codes=PACKED_CODES,
     most_nodes=packed_moe.MOST_NODES,
-    more=lambda layer: (layer.nodes, int(tiles_granted())),
+    more=lambda layer: (layer.nodes, int(has_tiles())),
 )
 
 MOE_TENSORS = {

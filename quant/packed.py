@@ -11,7 +11,6 @@ from typing import Any, Literal
 TILE_ROWS = 16  # weight rows in a tile: the lanes of a vector
 BLOCK_K = 128  # columns in a block
 LINE = 4 * TILE_ROWS  # bytes: a header, and then the codes, come in lines in which each row owns four
-HEADER_BYTES = 128  # of the layout before this one: until the kernels follow
 RECORD_ALIGNMENT = 4096  # bytes; an expert can be read from disk, moved to a NUMA node or sliced as whole pages
 TENSOR_ALIGNMENT = 64
 
@@ -19,6 +18,7 @@ TENSOR_ALIGNMENT = 64
 # "i6": an integer -32..31, stored as c = 0..63 with c - 32.
 IntegerKind = Literal["odd4", "i6"]
 LOWEST_INTEGER: dict[IntegerKind, int] = {"odd4": -15, "i6": -32}  # c = 0
+HIGHEST_INTEGER: dict[IntegerKind, int] = {"odd4": 15, "i6": 31}
 INTEGER_STEP: dict[IntegerKind, int] = {"odd4": 2, "i6": 1}  # from one c to the next
 
 # Fitted to groups of 16 Gaussian values whose scale may have either sign; tools/formats/fit_levels.py fits them anew.

@@ -87,10 +87,9 @@ def unpack(data: Bytes, fmt: PackedFormat, shape: tuple[int, ...]) -> Codes:
     blocks = data.reshape(n_tiles, n_blocks, fmt.block_bytes)
     stored = blocks[:, :, fmt.header_bytes :].reshape(n_tiles, n_blocks, -1, TILE_ROWS, 4).transpose(0, 3, 1, 2, 4)
     codes = stored if fmt.bits == 8 else np.stack([stored & 15, stored >> 4], axis=4)
-    header = (
-        np.ascontiguousarray(blocks[:, :, : fmt.header_bytes]).view("<u4").reshape(n_tiles, n_blocks, -1, TILE_ROWS)
-    )
-    words = header.transpose(2, 0, 3, 1).reshape(-1, rows, n_blocks).astype(np.uint32, order="C")  # [lines, rows, B]
+    header = np.ascontiguousarray(blocks[:, :, : fmt.header_bytes]).view("<u4")
+    lines = header.reshape(n_tiles, n_blocks, -1, TILE_ROWS).transpose(2, 0, 3, 1)
+    words = lines.reshape(-1, rows, n_blocks).astype(np.uint32, order="C")  # [lines, rows, B]
     integers = _unpack_integers(words, fmt).reshape(rows, -1)
     return Codes(np.ascontiguousarray(codes.reshape(rows, columns)), integers, (words[0] >> 16).astype(np.uint16))
 

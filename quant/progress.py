@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from quant.files import Report
 
+Steps = Callable[[int, int], None]  # told how many steps of a task are done, of how many
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -13,6 +15,10 @@ class Progress:
     file: str
     done: int
     total: int
+
+
+def ignore(step: Progress) -> None:
+    """Progress for nobody."""
 
 
 class Meter:
@@ -30,3 +36,7 @@ class Meter:
 
         report(0)
         return report
+
+
+def untold(done: int, total: int) -> None:
+    """Steps that nobody is told of."""

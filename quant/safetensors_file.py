@@ -52,6 +52,15 @@ class StoredTensor:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class FileSpan:
+    """Bytes of a file."""
+
+    path: Path
+    begin: int
+    nbytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class SafetensorsFile:
     """A file whose header has been checked: each tensor lies inside the file, and no two share a byte.
@@ -95,6 +104,11 @@ class SafetensorsFile:
     def spec(self, name: str) -> StoredTensor:
         """dtype, shape and place of a tensor. Raises KeyError if the file has none of this name."""
         return self.tensors[name]
+
+    def span(self, name: str) -> FileSpan:
+        """Where a tensor's bytes lie. Raises KeyError for an unknown name."""
+        stored = self.tensors[name]
+        return FileSpan(self.path, self.data_start + stored.begin, stored.end - stored.begin)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the mapped file; writing to it changes neither the file nor another process's view.

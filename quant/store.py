@@ -19,7 +19,7 @@ from quant.manifest import MANIFEST_NAME, REMEDY, Manifest, read_manifest
 from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat
 from quant.progress import Meter, Progress
 from quant.recipes import representations
-from quant.safetensors_file import SafetensorsFile
+from quant.safetensors_file import FileSpan, SafetensorsFile
 from quant.safetensors_writer import DATA_ALIGNMENT, PADDING
 from quant.store_layout import METADATA, StoreEntry, entry_name, expert_record, experts_name, layer_file, plan_store
 
@@ -119,9 +119,16 @@ class Store:
 
         Raises KeyError for a layer without them.
         """
+        return self._expert_shard(layer).tensor(experts_name(layer))
+
+    def expert_span(self, layer: int) -> FileSpan:
+        """Where the records of a layer lie in their file. Raises KeyError for a layer without them."""
+        return self._expert_shard(layer).span(experts_name(layer))
+
+    def _expert_shard(self, layer: int) -> SafetensorsFile:
         if layer not in self.inventory.by_layer or not self.config.is_moe(layer):
             raise KeyError(f"layer {layer} has no routed experts")
-        return self._shards[layer_file(layer)].tensor(experts_name(layer))
+        return self._shards[layer_file(layer)]
 
     def _expert_matrix(self, spec: TensorSpec) -> QuantTensor:
         assert spec.layer is not None and spec.expert is not None

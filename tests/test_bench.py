@@ -158,11 +158,11 @@ def test_runs_alternate_and_the_first_do_not_count() -> None:
         order.append(name)
         return Run(seconds if len(order) > 2 else 1e9, 10)
 
-    first, second = alternate(lambda: run("a", 1), lambda: run("b", 2), Effort(seconds=0, least=3))
+    first, second = alternate(lambda: run("a", 1), lambda: run("b", 2), effort=Effort(seconds=0, least=3))
     assert order == ["a", "b"] * 4
     assert first.runs == (Run(1, 10),) * 3 and second.runs == (Run(2, 10),) * 3
     order.clear()
-    first, _ = alternate(lambda: run("a", 1), lambda: run("b", 2), Effort(seconds=1e9, least=2, most=5))
+    first, _ = alternate(lambda: run("a", 1), lambda: run("b", 2), effort=Effort(seconds=1e9, least=2, most=5))
     assert len(first.runs) == 5
 
 

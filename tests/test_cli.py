@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 
+from cli.compiling import ERASE_LINE, show_compiling
 from cli.main import main
 from quant.errors import ConfigError
 
@@ -159,11 +160,27 @@ def test_a_damaged_tokenizer(copy: Path) -> None:
     assert "tokenizer.json" in refused(dsr1("run", copy, "-p", "Hi"))
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_compiling_is_announced(chat_folder: Path, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.run.kernels_cached", lambda: cached)
-    done = dsr1("run", chat_folder, "--json", "-p", "Hi", "--max-new-tokens", 1)
-    assert ("compiling kernels" in done.stderr) is not cached
+def test_compiling_is_told(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("run", chat_folder, "--json", "-p", "Hi", "--max-new-tokens", 1)
+    dsr1(*words)
+    assert "compiling" not in dsr1(*words).stderr
+    monkeypatch.setattr("hybrid_rt.engine.compile_ahead", lambda kernels, report: [report(n, 2) for n in range(3)])
+    done = dsr1(*words)
+    told = [line for line in done.stderr.splitlines() if "compiling" in line]
+    assert [line.partition(": ")[2] for line in told] == ["1 of 2 ...", "2 of 2 ..."]
+    json.loads(done.stdout)
+
+
+def test_compiling_leaves_nothing_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    for done in range(3):
+        show_compiling(done, 2)
+    assert "\n" not in terminal.getvalue() and terminal.getvalue().endswith(f"2 of 2 ...{ERASE_LINE}")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quant.dequantize import dequantize
 from quant.formats import QuantTensor
 from quant.kernels.threads import set_threads, thread_count
-from quant.packed import HEADER_BYTES, PACKED_FORMATS
+from quant.packed import PACKED_FORMATS
 from quant.packing import decode
 
 
 def random_blocks(name: str, shape: tuple[int, int], seed: int) -> QuantTensor:
-    """Any bytes are codes; scales are kept finite."""
+    """Any bytes are codes and integers; d is kept finite."""
     fmt = PACKED_FORMATS[name]
     blocks = np.random.default_rng(seed).integers(0, 256, (fmt.nbytes(shape) // fmt.block_bytes, fmt.block_bytes))
-    blocks[:, 1:HEADER_BYTES:2] &= 0xBF
+    blocks[:, 3:64:4] &= 0xBF
     return QuantTensor(fmt, shape, torch.from_numpy(blocks.astype(np.uint8).reshape(-1)))
 
 

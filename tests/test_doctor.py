@@ -13,16 +13,20 @@ import pytest
 from cli import doctor as command
 from offload import hardware
 from offload.checks import bandwidth as bandwidth_module
+from offload.checks import disk as disk_module
 from offload.checks.bandwidth import bandwidth
 from offload.checks.check import Check, worst
+from offload.checks.disk import any_disk, disk, read_speed
 from offload.checks.folders import hub_cache, kernel_cache
 from offload.checks.gpu import gpu
-from offload.checks.memory import huge_pages, numa, overcommit, ram, swap
+from offload.checks.memory import huge_pages, locked_memory, numa, overcommit, ram, swap
 from offload.checks.models import models
 from offload.checks.processor import amx, cores, instruction_sets, processor
 from offload.checks.software import operating_system, packages
 from offload.doctor import examine
-from offload.hardware import Gpu, GpuMemory, cpu_quota, memory_limit
+from offload.hardware import Gpu, GpuMemory, cpu_quota, lockable, memory_limit
+from offload.topology import Node, Topology
+from quant.errors import CheckpointError, UsageError
 
 GIB = 2**30
 VNNI = "fpu avx2 avx512bw avx512_vnni avx_vnni"
@@ -68,35 +72,18 @@ def test_cores_under_a_quota(quota: float | None, verdict: str, remedy: str) -> 
     assert check.verdict == verdict and remedy in check.remedy and check.value.startswith("8 of 16")
 
 
-@pytest.mark.parametrize(
-    ("flags", "path"),
-    [
-        (VNNI, "AVX-512 VNNI"),
-        ("avx2 avx_vnni", "AVX-VNNI"),
-        ("avx2 avx512f avx512bw", "AVX-512"),
-        ("avx avx2 fma", "AVX2"),
-    ],
-)
-def test_the_kernels_path(tmp_path: Path, flags: str, path: str) -> None:
-    check = found(instruction_sets(cpuinfo(tmp_path, flags), None))
-    assert check.verdict == "ok" and check.value.endswith(f"kernels use {path}")
+def test_the_instruction_set_that_kernels_use() -> None:
+    best = found(instruction_sets(("amx", "avx2", "portable"), None))
+    assert best.value == "kernels use amx; --isa can choose avx2, portable"
+    overridden = found(instruction_sets(("avx2", "portable"), "haswell"))
+    assert overridden.verdict == "attention" and "NUMBA_CPU_NAME is haswell" in overridden.value
 
 
-def test_processors_that_kernels_do_not_use_fully(tmp_path: Path) -> None:
-    assert found(instruction_sets(cpuinfo(tmp_path, "sse2 avx"), None)).verdict == "attention"
-    overridden = found(instruction_sets(cpuinfo(tmp_path, VNNI), "generic"))
-    assert overridden.verdict == "attention" and "NUMBA_CPU_NAME is generic" in overridden.value
-    assert instruction_sets(tmp_path / "nothing", None) is None
-
-
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs /proc/cpuinfo of x86")
-def test_the_kernels_path_is_the_one_that_they_take() -> None:
-    from quant.kernels.packed_dot import x86_has
-
-    features = {"AVX-512 VNNI": "avx512vnni", "AVX-VNNI": "avxvnni", "AVX-512": "avx512bw", "AVX2": "avx2"}
-    taken = next((name for name, feature in features.items() if x86_has(feature)), None)
-    if taken is not None:
-        assert found(instruction_sets(Path("/"), None)).value.endswith(f"kernels use {taken}")
+def test_a_processor_without_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.checks.processor.X86", True)
+    assert found(instruction_sets(("portable",), None)).verdict == "attention"
+    monkeypatch.setattr("offload.checks.processor.X86", False)
+    assert found(instruction_sets(("portable",), None)) == Check("instruction sets", "kernels use portable")
 
 
 def test_amx_needs_the_processor_and_the_system(tmp_path: Path) -> None:
@@ -105,8 +92,9 @@ def test_amx_needs_the_processor_and_the_system(tmp_path: Path) -> None:
 
     assert found(amx(cpuinfo(tmp_path, VNNI + " amx_tile"), never)).value == "no"
     root = cpuinfo(tmp_path, VNNI + " amx_bf16 amx_tile amx_int8")
-    assert found(amx(root, lambda: True)).verdict == "ok"
-    assert "not granted" in found(amx(root, lambda: False)).value
+    granted, refused = found(amx(root, lambda: True)), found(amx(root, lambda: False))
+    assert granted.verdict == "ok" and granted.value.endswith("kernels use it")
+    assert refused.verdict == "attention" and "not granted" in refused.value
     assert amx(tmp_path / "nothing", never) is None
 
 
@@ -122,7 +110,22 @@ def test_ram_is_a_problem_where_none_is_left() -> None:
 def test_huge_pages(tmp_path: Path, setting: str) -> None:
     assert huge_pages(tmp_path) is None
     check = found(huge_pages(write(tmp_path, {"sys/kernel/mm/transparent_hugepage/enabled": setting + "\n"})))
-    assert check.verdict == "ok" and f"[{check.value.partition(';')[0]}]" in setting
+    assert f"[{check.value.partition(';')[0]}]" in setting
+    assert check.verdict == ("attention" if "[never]" in setting else "ok")
+
+
+def test_locked_memory_is_the_limit_or_the_right_to_pass_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 * 2**20, 2**40))
+    assert lockable(tmp_path) == 8 * 2**20
+    write(tmp_path, {"self/status": "Name:\tdsr1\nCapEff:\t00000000a80425fb\n"})  # as Docker gives
+    assert lockable(tmp_path) == 8 * 2**20
+    write(tmp_path, {"self/status": "Name:\tdsr1\nCapEff:\t000001ffffffffff\n"})
+    assert lockable(tmp_path) is None
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    assert lockable(tmp_path / "nothing") is None
+    assert found(locked_memory(None)).value.startswith("unlimited")
+    assert found(locked_memory(2**23)).value.startswith("up to 8.0 MiB")
 
 
 def test_strict_overcommit(tmp_path: Path) -> None:
@@ -146,15 +149,68 @@ def test_swap(tmp_path: Path, total: int, free: int, value: str, verdict: str) -
     assert swap(tmp_path / "nothing") is None
 
 
-def test_numa_nodes_with_memory_count(tmp_path: Path) -> None:
-    def node(number: int, gib: int) -> dict[str, str]:
-        text = f"Node {number} MemTotal:  {gib * 2**20} kB\nNode {number} MemFree:  5 kB\n"
-        return {f"sys/devices/system/node/node{number}/meminfo": text}
+def nodes(*available: int) -> Topology:
+    return Topology(tuple(Node(number, (number,), 64 * GIB, left * GIB) for number, left in enumerate(available)))
 
-    assert numa(tmp_path) is None
-    assert found(numa(write(tmp_path, node(0, 64) | node(2, 0)))).value == "1"
-    check = found(numa(write(tmp_path, node(10, 3) | node(9, 2))))
-    assert check.value == "3: 64.0 GiB, 2.0 GiB, 3.0 GiB" and check.verdict == "attention"
+
+def test_numa_nodes_get_experts_as_far_as_the_fullest_has_room() -> None:
+    assert numa(Topology((Node(0, (0,), 0, 0),))) is None
+    assert found(numa(nodes(5))).value == "1"
+    even = found(numa(nodes(40, 50)))
+    assert (
+        even.verdict == "ok" and "40.0 GiB of 64.0 GiB free, 50.0 GiB" in even.value and "up to 80.0 GiB" in even.value
+    )
+    uneven = found(numa(nodes(10, 50)))
+    assert uneven.verdict == "attention" and "up to 20.0 GiB" in uneven.value and "stay mapped" in uneven.remedy
+
+
+def model_of(folder: Path, mib: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "small.safetensors").write_bytes(b"some")
+    (folder / "large.safetensors").write_bytes(os.urandom(2**20) * mib)
+    return folder
+
+
+def test_a_disk_is_measured_with_the_largest_file_of_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = model_of(tmp_path / "cache/model", 9)
+    assert "9.0 MiB in files that are too small" in found(disk(folder)).value
+    assert "too small" in found(disk(tmp_path / "nothing")).value
+    monkeypatch.setattr(disk_module, "LEAST_BYTES", 2**20)
+    assert f"{folder}: read at " in found(disk(folder)).value
+    assert str(folder) in found(any_disk([tmp_path / "nothing", tmp_path])).value
+    assert "--measure MODEL" in found(any_disk([tmp_path / "nothing"])).value
+    monkeypatch.setattr(disk_module, "read_speed", lambda path: 1e3 if path.name == "large.safetensors" else 0)
+    slow = found(disk(folder))
+    assert slow.verdict == "attention" and "9.0 MiB are loaded in 157 min" in slow.value
+    monkeypatch.setattr(disk_module, "read_speed", lambda path: 1e6)
+    assert "are loaded in 9 s" in found(disk(folder)).value
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_reading_ends_with_the_file_or_the_time(direct: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not direct:
+        monkeypatch.delattr(os, "O_DIRECT")
+    path = model_of(tmp_path / "model", 40) / "large.safetensors"
+    read: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: read.append(args[2]) or preadv(*args))
+    assert read_speed(path, 60) > 0
+    assert set(read) == {number * 2**22 for number in range(10)} and len(read) in (10, 11)  # one to try how
+    read.clear()
+    read_speed(path, -1.0)
+    assert set(read) <= {0}
+
+
+def test_a_file_system_that_cannot_pass_the_page_cache_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, real = model_of(tmp_path / "model", 8) / "large.safetensors", os.open
+
+    def refuse(path: Path, flags: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(path, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert read_speed(path) > 0
 
 
 def test_gpu_is_named_with_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -201,7 +257,7 @@ def test_packages_that_are_missing_are_a_problem() -> None:
 def test_kernel_cache(tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "kernels"
     assert "empty" in found(kernel_cache(folder)).value and not folder.exists()
-    write(folder, {"abc/x.nbc": "12", "def/y.nbc": "345", "abc/x.nbi": "6"})
+    write(folder, {"abc/x.bin": "12", "def/y.bin": "345", "abc/.z.part": "6"})
     assert "2 compiled kernels, 5 bytes" in found(kernel_cache(folder)).value
     assert found(kernel_cache(folder / "abc/x.nbi")).verdict == "attention"  # a file, in which no folder can be made
 
@@ -270,13 +326,17 @@ def test_a_machine_that_tells_nothing_is_examined_all_the_same(tmp_path: Path) -
     names = [found(check).name for check in examine(tmp_path)]
     assert len(set(names)) == len(names)
     assert {"RAM", "GPU", "packages", "kernel cache"} <= set(names)
-    assert not {"AMX", "NUMA nodes", "huge pages", "swap", "overcommit", "instruction sets"} & set(names)
+    assert not {"AMX", "NUMA nodes", "huge pages", "swap", "overcommit"} & set(names)
 
 
 def test_the_command_prints_all_checks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     checks = [Check("RAM", "much [of it]"), Check("swap", "x" * 100, "attention", "do this")]
-    monkeypatch.setattr(command, "examine", lambda measure: checks)
+    monkeypatch.setattr(command, "examine", lambda measure, model: checks)
     assert command.doctor()
+    with pytest.raises(UsageError, match="--measure nano-r1"):
+        command.doctor(model="nano-r1")
+    with pytest.raises(CheckpointError):
+        command.doctor(measure=True, model="no-such-model")
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["ok         RAM   much [of it]", f"attention  swap  {'x' * 100}", "                 -> do this"]
     assert command.doctor(as_json=True)
@@ -292,7 +352,7 @@ def test_this_machine_without_torch_and_numba() -> None:
         "import json, sys\n"
         "from cli.doctor import doctor\n"
         "doctor(as_json=True)\n"
-        "heavy = {'torch', 'numba', 'llvmlite', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numba', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)

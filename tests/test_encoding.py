@@ -82,9 +82,7 @@ def test_the_kernel_writes_the_bytes_of_the_reference(
     np.testing.assert_array_equal(data, pack(quantise(values, fmt), fmt))
     assert np.isfinite(decode(data, fmt, values.shape)).all()
     unpacked = unpack(data, fmt, values.shape)
-    bf16 = unpacked.scales if unpacked.block_scales is None else unpacked.block_scales
-    assert not (bf16 == 0x8000).any(), "zero is stored without a sign"
-    assert unpacked.block_scales is None or not (unpacked.block_scales & 0x8000).any(), "d is positive"
+    assert not (unpacked.block_scales & 0x8000).any(), "d has no sign, not even zero's"
     assert fmt is not Q8 or unpacked.codes.min() >= 1
 
 
@@ -93,9 +91,11 @@ def test_zeros_and_filling(fmt: PackedFormat) -> None:
     values = np.zeros((17, 160), np.float32)
     values[0, 0] = 1
     quantised = unpack(encoded(values, fmt), fmt, values.shape)
-    zero = 128 if fmt is Q8 else 8
-    assert (quantised.codes[:, fmt.group :] == zero).all() and (quantised.codes[1:] == zero).all()
-    assert quantised.scales[0, 0] != 0 and not quantised.scales[1:].any() and not quantised.scales[:, 1:].any()
+    code, integer = {"fast": (8, 1), "accurate": (8, 0), "q8": (128, 1)}[fmt.name]
+    assert (quantised.codes[:, fmt.group :] == code).all() and (quantised.codes[1:] == code).all()
+    assert (quantised.integers[1:] == integer).all() and (quantised.integers[:, 1:] == integer).all()
+    assert quantised.block_scales[0, 0] and np.count_nonzero(quantised.block_scales) == 1
+    assert decode(pack(quantised, fmt), fmt, values.shape)[0, 0] == pytest.approx(1, rel=0.01)
 
 
 @each_format
@@ -132,19 +132,24 @@ def test_empty_matrices(fmt: PackedFormat) -> None:
 
 
 def plain_rounding(values: Floats, fmt: PackedFormat) -> Floats:
-    """What formats usually do: the group's largest value becomes the outermost level."""
-    groups = values.reshape(-1, fmt.group)
+    """What formats usually do: the largest value becomes the outermost level, the largest scale the largest integer."""
+    groups = values.reshape(len(values), -1, 128 // fmt.group, fmt.group)
+    peak = np.take_along_axis(groups, np.abs(groups).argmax(axis=3)[..., None], axis=3)
+    levels = np.array(fmt.levels or range({"fast": -8, "q8": -127}[fmt.name], 2**fmt.bits - fmt.zero), np.float32)
+    scale = peak / levels[0]
+    integers = {"fast": np.arange(-15, 16, 2), "accurate": np.arange(-32, 32), "q8": np.array([-1, 1])}[fmt.name]
+    d = float_of_bf16(bf16_of_float(np.abs(scale).max(axis=2, keepdims=True) / np.float32(integers[-1])))
+    scale = integers[np.abs(scale / d - integers).argmin(axis=3)][..., None].astype(np.float32) * d
+    above = np.searchsorted((levels[1:] + levels[:-1]) / 2, groups / np.where(scale == 0, np.float32(1), scale))
+    return (levels[above] * scale).reshape(values.shape)
+
+
+def llama_cpp_q4_0(values: Floats) -> Floats:
+    """llama.cpp's Q4_0, also 4.5 bits a weight: groups of 32, d = largest / -8 in float16, nearest of -8..7."""
+    groups = values.reshape(-1, 32)
     peak = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)
-    if fmt.levels is None:
-        scale = float_of_bf16(bf16_of_float(peak / np.float32(-8 if fmt is FAST else 127)))
-        lowest, highest = (-8, 7) if fmt is FAST else (-127, 127)
-        return (np.clip(np.rint(groups / scale), lowest, highest) * scale).reshape(values.shape)
-    scale = (peak / -127).reshape(-1, 8)
-    d = float_of_bf16(bf16_of_float(np.abs(scale).max(axis=1, keepdims=True) / np.float32(31)))
-    scale = (np.clip(np.rint(scale / d), -32, 31) * d).reshape(-1, 1)
-    levels = np.array(fmt.levels, np.float32)
-    nearest = levels[np.abs(groups[..., None] / np.where(scale == 0, 1, scale)[..., None] - levels).argmin(axis=2)]
-    return (nearest * scale).reshape(values.shape)
+    d = (peak / -8).astype(np.float16).astype(np.float32)
+    return (np.clip(np.rint(groups / d), -8, 7) * d).reshape(values.shape)
 
 
 @each_format
@@ -158,23 +163,45 @@ def test_searching_beats_plain_rounding(fmt: PackedFormat, kind: str) -> None:
     assert ours < 0.98 * plain
 
 
-@pytest.mark.parametrize(("fmt", "most"), [(FAST, 0.082), (ACCURATE, 0.0645), (Q8, 0.005)])
+@pytest.mark.parametrize(("fmt", "most"), [(FAST, 0.0834), (ACCURATE, 0.0637), (Q8, 0.00625)])
 def test_error_on_gaussian_weights(fmt: PackedFormat, most: float) -> None:
     values = gaussian((128, 512), np.random.default_rng(0))
-    assert 0.9 * most < relative_rms(values, decoded(values, fmt)) < most
+    assert 0.98 * most < relative_rms(values, decoded(values, fmt)) < most
+
+
+@pytest.mark.parametrize("degrees", [4.0, 1e9])
+def test_fast_beats_a_larger_common_format(degrees: float) -> None:
+    """On heavy tails and on Gaussian weights."""
+    values = np.random.default_rng(0).standard_t(degrees, (128, 1024)).astype(np.float32)
+    assert relative_rms(values, decoded(values, FAST)) < 0.985 * relative_rms(values, llama_cpp_q4_0(values))
+
+
+def test_the_search_for_fast_is_nearly_as_good_as_trying_everything() -> None:
+    """Every integer for every group, with many d; but d is not computed anew in the end, which gains a little, too."""
+    values = gaussian((64, 128), np.random.default_rng(2))
+    groups, least = values.reshape(64, 4, 32), np.full(64, np.inf)
+    for top in np.linspace(8, 20, 30):
+        d = float_of_bf16(bf16_of_float(np.abs(values).max(axis=1) / np.float32(8 * top)))
+        scales = np.arange(-15, 16, 2)[:, None, None, None] * d[:, None, None]
+        off = groups - np.clip(np.rint(groups / scales), -8, 7) * scales
+        least = np.minimum(least, (off * off).sum(axis=3).min(axis=0).sum(axis=1))
+    assert np.sum((values - decoded(values, FAST)) ** 2) < 1.005 * least.sum()
 
 
 def representable(fmt: PackedFormat, rng: np.random.Generator) -> Codes:
-    """A matrix [32, 256] that a format holds exactly; every group reaches one of its outer levels."""
+    """A matrix [32, 256] that a format holds exactly; every group reaches an outer level, every block an integer."""
     codes = rng.integers(1, 2**fmt.bits, (32, 256), np.uint8)
-    outer = (1, 255) if fmt is Q8 else (0, 15)
-    codes[:, :: fmt.group] = rng.choice(outer, (32, 256 // fmt.group))
-    bits = bf16_of_float(rng.standard_normal((32, 256 // fmt.group), dtype=np.float32))
-    if fmt.scale == "bf16":
-        return Codes(codes, bits)
-    integers = rng.integers(-31, 32, (32, 16)).astype(np.int8)
-    integers[:, ::8] = 31
-    return Codes(codes, integers, bits[:, :2] & 0x7FFF)
+    codes[:, :: fmt.group] = rng.choice((1, 255) if fmt is Q8 else (0, 15), (32, 256 // fmt.group))
+    groups = (32, 256 // fmt.group)
+    integers = {
+        "fast": 2 * rng.integers(-8, 8, groups) + 1,
+        "accurate": rng.integers(-31, 32, groups),
+        "q8": np.ones(groups),
+    }[fmt.name].astype(np.int8)
+    if fmt is not Q8:
+        integers[:, :: 128 // fmt.group] = 15 if fmt is FAST else 31
+    d = rng.uniform(0.01, 10, (32, 2)).astype(np.float32)
+    return Codes(codes, integers, bf16_of_float(d))
 
 
 @each_format
@@ -194,13 +221,15 @@ def test_powers_of_two_change_nothing(fmt: PackedFormat) -> None:
 
 def test_a_layer_of_experts_stays_near_the_exact_one() -> None:
     errors = layer_errors(Layer(dim=512, inter=256, experts=4, tokens=4))
-    assert 0.1 < errors["fast"] < 0.15 and 0.08 < errors["accurate"] < 0.125 and 0.005 < errors["q8"] < 0.02
+    assert 0.12 < errors["fast"] < 0.15 and 0.09 < errors["accurate"] < 0.125 and 0.01 < errors["q8"] < 0.02
 
 
-def test_activations_are_whole_steps_of_their_groups_scale() -> None:
-    x = np.zeros((1, 40), np.float32)
-    x[0, :3], x[0, 39] = (12.7, -0.06, 0.04), 254
-    np.testing.assert_allclose(quantise_activations(x)[0, [0, 1, 2, 39]], [12.7, -0.1, 0, 254], rtol=1e-6)
+def test_activations_are_whole_steps_of_their_blocks_scale() -> None:
+    x = np.zeros((1, 200), np.float32)
+    x[0, :3], x[0, 127], x[0, 199] = (12.7, -0.06, 0.04), 1.26, 254
+    seen = quantise_activations(x)
+    np.testing.assert_allclose(seen[0, [0, 1, 2, 127, 199]], [12.7, -0.1, 0, 1.3, 254], rtol=1e-6)
+    assert np.count_nonzero(seen) == 4
 
 
 def test_the_levels_of_accurate_are_as_good_as_a_fit() -> None:

@@ -262,6 +262,7 @@ class LateBackend(CpuBackend):
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_host = False
         self.queue: list[Callable[[], Any]] = []
         self.reached: dict[Event, int] = {}
 

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 
 from quant import ops
 from quant.formats import BF16, F32, FP8_BLOCK, Format, QuantTensor
-from quant.kernels import jit, reference, set_threads, thread_count
+from quant.kernels import reference, set_threads, thread_count
 from quant.kernels.silu import exp
 from quant.kernels.threads import MAX_THREADS, SERIAL_MULTIPLICATIONS, parts_for
 from quant.kernels.vector import FP8_CODE, make_dot
@@ -334,56 +334,6 @@ def run_python(script: str, cache: Path | None = None, **variables: str) -> str:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture
-def small_kernel(tmp_path: Path) -> str:
-    """A script that runs a kernel of its own and prints cache hits, misses and the cache folder."""
-    source = """
-from numba import prange
-from quant.kernels.jit import Kernel, cache_folder
-
-def _triple(x, parts):
-    total = 0
-    for part in prange(parts):
-        total += 3 * x
-    return total
-
-triple = Kernel(_triple, "int64(int64, int64)")
-assert triple(7, 2) == 42
-stats = triple.compile().stats
-print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), cache_folder())
-"""
-    (tmp_path / "small_kernel.py").write_text(source)
-    return f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import small_kernel"
-
-
-def test_second_process_finds_the_compiled_kernels(small_kernel: str, tmp_path: Path) -> None:
-    first, second = (run_python(small_kernel, tmp_path).split(maxsplit=2) for _ in range(2))
-    assert (first[:2], second[:2]) == (["0", "1"], ["1", "0"])
-    assert second[2].startswith(str(tmp_path))
-
-
-def test_two_processes_may_compile_at_once(small_kernel: str, tmp_path: Path) -> None:
-    results: list[str] = []
-    work = [threading.Thread(target=lambda: results.append(run_python(small_kernel, tmp_path))) for _ in range(2)]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join()
-    assert len(results) == 2
-    assert run_python(small_kernel, tmp_path).split()[0] == "1"
-
-
-def test_an_unwritable_cache_folder_is_done_without(small_kernel: str, tmp_path: Path) -> None:
-    (tmp_path / "dsr1").write_text("a file where the folder should be")
-    assert run_python(small_kernel, tmp_path).split()[2] == "None"
-
-
-def test_the_cache_is_another_for_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = jit._fingerprint()
-    monkeypatch.setattr("numba.__version__", "0.0")
-    assert jit._fingerprint() != before
 
 
 def test_dot_is_vector_code() -> None:

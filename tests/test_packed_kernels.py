@@ -14,11 +14,11 @@ from torch._subclasses import FakeTensorMode
 
 from quant import ops
 from quant.formats import QuantTensor
+from quant.isa import processor_has
 from quant.kernels import reference, set_threads, thread_count
 from quant.kernels.activations import SCALES, SUMS_16, SUMS_32, activation_bytes, quantise
 from quant.kernels.silu import exp
 from quant.kernels.threads import parts_for
-from quant.kernels.vector import processor_has
 from quant.packed import ACCURATE, FAST, PACKED_FORMATS, Q8, ExpertRecord, PackedFormat, blocks_per_row, tiles
 from quant.packing import Codes, pack
 from tests.test_kernels import routed, run_python

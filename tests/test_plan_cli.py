@@ -14,6 +14,7 @@ from threading import Thread
 import pytest
 
 from cli.plan import find_subject, plan
+from offload.topology import Node, Topology
 from quant.errors import CheckpointError, ConfigError, ContextError, Dsr1Error, StoreError
 from quant.manifest import Manifest
 from quant.recipes import RECIPES, find_recipe
@@ -56,6 +57,20 @@ def test_the_table_and_the_sums_of_r1(capsys: pytest.CaptureFixture[str]) -> Non
     assert re.search(r"GPU: 19\.\d GiB of 24\.0 GiB, 4\.\d GiB free", out)
     assert re.search(r"RAM: 353\.\d GiB of 384\.0 GiB, 30\.\d GiB free", out)
     assert "reads 11,494 MB of weights from RAM" in out and "400 GB/s: 34.8" in out
+    assert "free; 353.2 GiB are files, which Linux can drop and read again" in out
+
+
+def test_where_experts_live_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(R1, gpu_mem="24G", ram="384G", residency="locked")
+    assert re.search(r"routed experts +3-60 +accurate +RAM, locked +342", capsys.readouterr().out)
+    node = Node(0, (0,), 2**40, 2**40)
+    monkeypatch.setattr("cli.plan.read_topology", lambda: Topology((node, node)))
+    plan(R1, gpu_mem="24G", ram="384G")
+    out = capsys.readouterr().out
+    assert re.search(r"routed experts +3-60 +accurate +RAM, copied +342", out)
+    assert "split over 2 NUMA nodes" in out
+    assert re.search(r"buffers of the experts +f32 +RAM, copied  ", out) and re.search(r"; 10\.\d GiB are files", out)
+    assert as_json(capsys, R1, gpu_mem="24G", ram="384G")["nodes"] == 2
 
 
 def test_json_is_one_object_with_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

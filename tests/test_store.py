@@ -68,8 +68,8 @@ def refuse(action: Callable[[], Any], *words: str) -> None:
 def test_bytes_by_hand() -> None:
     assert stored_bytes("bf16", (3, 5)) == 30 and stored_bytes("f32", (7,)) == 28
     assert stored_bytes("fp8_block", (129, 128)) == 129 * 128 + 2 * 4
-    assert stored_bytes("accurate", (17, 129)) == stored_bytes("fast", (17, 129)) == 2 * 2 * 1152
-    assert stored_bytes("q8", (2048, 7168)) == 2048 * 7168 * 17 // 16
+    assert stored_bytes("accurate", (17, 129)) == 2 * 2 * 1152 and stored_bytes("fast", (17, 129)) == 2 * 2 * 1088
+    assert stored_bytes("q8", (2048, 7168)) == 2048 * 7168 * 33 // 32
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=str)
@@ -97,7 +97,7 @@ def test_the_store_of_r1_has_its_known_size() -> None:
     assert sum(entry.nbytes for entry in records) / 2**30 == pytest.approx(342.6, abs=0.05)
     linears = 11.4e9 + 3.7e9 + 0.93e9  # parameters, FACTS: attention, shared and dense, head
     rest = sum(plan.nbytes for plan in plans.values()) - sum(entry.nbytes for entry in records)
-    assert rest == pytest.approx(linears * (8.5 + 4.5) / 8 + 0.93e9 * 2 + 0.11e9 * 4, rel=0.01)
+    assert rest == pytest.approx(linears * (8.25 + 4.5) / 8 + 0.93e9 * 2 + 0.11e9 * 4, rel=0.01)
 
 
 def test_an_unknown_recipe_is_refused() -> None:
@@ -266,8 +266,8 @@ HASH = "0" * 64
     ("changes", "words"),
     [
         ({"format": "gguf"}, ["'gguf'"]),
-        ({"version": 2}, ["version 2", "reads version 1"]),
-        ({"version": 2, "new": 1, "files": ...}, ["version 2"]),
+        ({"version": 1}, ["version 1", "reads version 2"]),
+        ({"version": 3, "new": 1, "files": ...}, ["version 3"]),
         ({"comment": "mine"}, ["unknown field 'comment'"]),
         ({"files": ...}, ["'files' is missing"]),
         ({"formats": FORMATS | {"q3": {}}}, ["'q3'", "update dsr1"]),

@@ -11,11 +11,15 @@ import torch
 from hybrid_rt import Engine, Sampling
 from hybrid_rt.generation import collect
 from hybrid_rt.models import NANO_R1, resolve_model
+from hybrid_rt.moe import MoE
 from offload.emulate import EmulatedBackend
+from offload.experts import PackedExperts
+from offload.node_experts import NodeExperts
 from offload.plan import PlanError
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
-from quant.errors import Dsr1Error, StoreError
+from quant.errors import DeviceError, Dsr1Error, StoreError
+from quant.progress import Progress
 from quant.recipes import RECIPES
 from quant.store import Store, is_store
 from tests.test_cli import dsr1, refused
@@ -75,6 +79,29 @@ def test_an_emulated_gpu_gives_the_same_tokens_within_its_budget(stores: dict[st
     emulated = Engine.load(stores["accurate"], gpu_mem="2G", context=200, device="emulate", threads=1)
     assert collect(emulated.generate(ids, sampling)).token_ids == collect(alone.generate(ids, sampling)).token_ids
     assert emulated.plan.device == "emulate" and emulated.plan.representation(1, "attention") == "q8"
+
+
+@pytest.mark.parametrize("residency", ["copied", "locked"])
+def test_experts_give_the_same_logits_wherever_they_are_kept(residency: str, stores: dict[str, Path]) -> None:
+    mapped = Engine.load(stores["accurate"], residency="mapped", threads=1)
+    told: list[Progress] = []
+    kept = Engine.load(stores["accurate"], residency=residency, threads=1, progress=told.append)
+    ids = random_ids(mapped, 20)
+    assert torch.equal(kept.logits(ids), mapped.logits(ids))
+    experts = {type(block.ffn.experts.weights) for block in kept.transformer.layers if isinstance(block.ffn, MoE)}
+    assert experts == {NodeExperts if residency == "copied" else PackedExperts}
+    assert kept.plan.placement(1, "routed_expert").residency == residency
+    assert told[-1].done == told[-1].total == sum(kept.plan.placement(n, "routed_expert").nbytes for n in (1, 2))
+
+
+def test_a_checkpoint_and_a_limit_on_locking_are_told(
+    chat_folder: Path, stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PlanError, match="only a store's experts can be locked"):
+        Engine.load(chat_folder, residency="locked")
+    monkeypatch.setattr("offload.memory.lockable", lambda: 4096)
+    with pytest.raises(DeviceError, match="memlock"):
+        Engine.load(stores["accurate"], residency="locked")
 
 
 def counted_weights(engine: Engine) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from offload.benchmark.measure import Run, Runs, seconds_of
 from offload.experts import CpuExperts, PackedExperts
+from offload.node_experts import NodeExperts
 from quant.kernels.bandwidth import (
     OPERAND_BYTES,
     PAGE,
@@ -37,6 +38,8 @@ def expert_ranges(layers: Sequence[CpuExperts], limit: int) -> Tensor:
             break
         if isinstance(layer.weights, PackedExperts):
             tensors: Iterable[Tensor] = layer.weights.records
+        elif isinstance(layer.weights, NodeExperts):
+            tensors = [expert for part in layer.weights.parts for expert in part]
         else:
             tensors = [weight.data for expert in layer.weights for weight in expert]
         ranges += [(tensor.data_ptr(), tensor.nbytes // PAGE) for tensor in tensors]

@@ -1,7 +1,7 @@
-"""Runs of two kinds that alternate, so that both meet the same moods of a shared machine."""
+"""Runs of several kinds that alternate, so that all meet the same moods of a shared machine."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median, median_low, quantiles
 
@@ -59,15 +59,18 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def alternate(first: Callable[[], Run], second: Callable[[], Run], effort: Effort) -> tuple[Runs, Runs]:
-    """Run first, second, first, second ... One run of each before does not count."""
-    first(), second()
+def alternate(*kinds: Callable[[], Run], effort: Effort) -> tuple[Runs, ...]:
+    """Run one of each kind, again one of each ... The first round does not count."""
+    _round(kinds)
     begin = time.perf_counter()
-    pairs: list[tuple[Run, Run]] = []
-    while len(pairs) < effort.least or (len(pairs) < effort.most and time.perf_counter() - begin < effort.seconds):
-        pairs.append((first(), second()))
-    firsts, seconds = zip(*pairs, strict=True)
-    return Runs(firsts), Runs(seconds)
+    rounds: list[tuple[Run, ...]] = []
+    while len(rounds) < effort.least or (len(rounds) < effort.most and time.perf_counter() - begin < effort.seconds):
+        rounds.append(_round(kinds))
+    return tuple(Runs(runs) for runs in zip(*rounds, strict=True))
+
+
+def _round(kinds: Sequence[Callable[[], Run]]) -> tuple[Run, ...]:
+    return tuple(run() for run in kinds)
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -6,8 +6,9 @@ from typing import Any
 from offload.benchmark.layer import BenchLayers, Tell
 from offload.benchmark.limits import expert_ranges, fastest_read, peak_operations, record_ranges, timed_read
 from offload.benchmark.measure import Effort, Run, Runs, alternate, seconds_of
+from quant import isa
 from quant.kernels import set_threads, thread_count
-from quant.kernels.bandwidth import ReadVariant, instruction_set
+from quant.kernels.bandwidth import ReadVariant
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Report:
         return {
             "shape": self.shape,
             "format": self.format,
-            "isa": instruction_set(),
+            "isa": isa.current(),
             "threads": self.threads,
             "layers": self.layers,
             "experts": self.experts,
@@ -157,7 +158,7 @@ def measure_point(layers: BenchLayers, tokens: int, limits: Limits, effort: Effo
         turn = layers.turn(tokens)
         return timed_read(record_ranges(turn.packed, turn.chosen), limits.variant)
 
-    layer, read = alternate(run_layer, run_read, effort)
+    layer, read = alternate(run_layer, run_read, effort=effort)
     experts = layer.nbytes // layers.record.nbytes
     return Point(tokens, thread_count(), experts, layers.operations(tokens), limits.peak, layer, read)
 

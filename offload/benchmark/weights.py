@@ -1,24 +1,13 @@
 """Random experts that multiply like real ones: any codes, and scales that keep activations near 1."""
 
-import mmap
-from contextlib import suppress
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quant.packed import HEADER_BYTES, TILE_ROWS, ExpertRecord, PackedFormat
+from offload.memory import huge_memory
+from quant.packed import HIGHEST_INTEGER, INTEGER_STEP, LINE, LOWEST_INTEGER, TILE_ROWS, ExpertRecord, PackedFormat
 from quant.packing import bf16_of_float, levels_of
-
-
-def allocate(nbytes: int) -> Tensor:
-    """uint8 [nbytes] of fresh memory, zeros, at the start of a page; in huge pages where the system has them."""
-    pages = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def random_records(record: ExpertRecord, count: int, seed: int) -> Tensor:
@@ -28,7 +17,7 @@ def random_records(record: ExpertRecord, count: int, seed: int) -> Tensor:
     """
     rng = np.random.default_rng(seed)
     blocks = torch.from_numpy(random_blocks(record, rng))
-    records = allocate(count * record.nbytes).view(count, record.nbytes)
+    records = huge_memory(count * record.nbytes).view(count, record.nbytes)
     for number in range(count):
         first = int(rng.integers(len(blocks)))
         used = records[number, : blocks.numel()].view(blocks.shape)
@@ -42,14 +31,17 @@ def random_blocks(record: ExpertRecord, rng: np.random.Generator) -> NDArray[np.
     fmt, shape = record.format, (record.inter_dim, record.dim)
     count = (2 * fmt.nbytes(shape) + fmt.nbytes(shape[::-1])) // fmt.block_bytes
     blocks = np.frombuffer(rng.bytes(count * fmt.block_bytes), np.uint8).reshape(count, fmt.block_bytes).copy()
-    scales = TILE_ROWS if fmt.scale == "i6xbf16" else HEADER_BYTES // 2
-    values = rng.uniform(0.5, 1.5, (count, scales)) / (np.sqrt(record.dim) * typical_level(fmt))
-    blocks[:, : 2 * scales] = bf16_of_float(values.astype(np.float32)).view(np.uint8)
+    d = rng.uniform(0.5, 1.5, (count, TILE_ROWS)) / (np.sqrt(record.dim) * typical_weight(fmt))
+    words = blocks[:, :LINE].view("<u4")
+    integers = 0 if fmt.integers is None else words & 0xFFFF
+    words[:] = integers | bf16_of_float(d.astype(np.float32)).astype(np.uint32) << 16
     return blocks
 
 
-def typical_level(fmt: PackedFormat) -> float:
-    """Root mean square of what the bfloat16 scales are multiplied with, over all codes and 6-bit scales."""
+def typical_weight(fmt: PackedFormat) -> float:
+    """Root mean square of what d is multiplied by, over all codes and integers."""
     levels = levels_of(np.arange(2**fmt.bits, dtype=np.uint8), fmt).astype(np.float64)
-    integers = np.arange(-32, 32) if fmt.scale == "i6xbf16" else np.ones(1)
+    integers = np.ones(1)
+    if (kind := fmt.integers) is not None:
+        integers = np.array(range(LOWEST_INTEGER[kind], HIGHEST_INTEGER[kind] + 1, INTEGER_STEP[kind]), np.float64)
     return float(np.sqrt(np.mean(levels**2) * np.mean(integers**2)))

@@ -15,6 +15,7 @@ def bandwidth(usable: int) -> Check:
     import torch
 
     from offload.benchmark.limits import fastest_read
+    from offload.memory import huge_memory
     from quant.kernels.bandwidth import PAGE
     from quant.kernels.threads import set_threads, thread_count
 
@@ -23,7 +24,7 @@ def bandwidth(usable: int) -> Check:
         return Check("bandwidth", "no RAM to measure it with", "problem", "close other programs")
     busy = _load() > BUSY_SHARE * allowed_cores()
     set_threads(allowed_cores())
-    memory = torch.ones(pages * PAGE, dtype=torch.uint8)  # written, so that every page is there
+    memory = huge_memory(pages * PAGE).fill_(1)  # written, so that every page is there
     _, runs = fastest_read(torch.tensor([[memory.data_ptr(), pages]]))
     speed = f"{runs.bytes_s / 1e9:.1f} GB/s"
     how = f"reading {format_size(memory.nbytes)} with {thread_count()} threads"

@@ -11,11 +11,11 @@ SMALLEST_MODEL = 32 * 2**30  # bytes; a published model of 16 B parameters takes
 
 
 def kernel_cache(folder: Path) -> Check:
-    """folder: that of all machines' kernels (quant/kernels/jit.py has one for each below it)."""
+    """folder: that of all machines' kernels (quant/kernels/cache.py has one for each below it)."""
     if not _writable(folder):
         remedy = "kernels are compiled again at each start; make it writable, or set XDG_CACHE_HOME to a folder that is"
         return Check("kernel cache", f"{folder}: not writable", "attention", remedy)
-    files = list(folder.rglob("*.nbc"))
+    files = list(folder.rglob("*.bin"))
     if not files:
         return Check("kernel cache", f"{folder}: empty, so the first run takes some seconds longer")
     nbytes = sum(file.stat().st_size for file in files)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from offload.checks.check import Check, read_text
 from offload.sizes import format_size
+from offload.topology import Topology
 
 SWAP_IN_USE = 2**28  # bytes; a little is swapped out on every machine
 STRICT_OVERCOMMIT = "2"
+EVEN_SHARE = 0.75  # of all free RAM; as experts are split evenly, the fullest node decides how much of it they get
 
 
 def ram(total: int, available: int, limit: int | None, usable: int) -> Check:
@@ -21,23 +23,25 @@ def ram(total: int, available: int, limit: int | None, usable: int) -> Check:
     return Check("RAM", value, "problem", "close other programs, or raise the container's limit")
 
 
-def locked_memory() -> Check | None:
-    """How much this process may keep from being paged out. None off Unix."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    allowed = "unlimited" if limit == resource.RLIM_INFINITY else f"up to {format_size(limit)}"
-    return Check("locked memory", f"{allowed}; this version locks none")
+def locked_memory(limit: int | None) -> Check:
+    """limit: bytes that this process may keep from being paged out; None without one."""
+    if limit is None:
+        return Check("locked memory", "unlimited; --residency locked keeps a store's experts in RAM")
+    return Check("locked memory", f"up to {format_size(limit)}; --residency locked needs as much as a store's experts")
 
 
 def huge_pages(root: Path) -> Check | None:
+    """Whether copied experts get them."""
     setting = read_text(root / "sys/kernel/mm/transparent_hugepage/enabled")
     chosen = re.search(r"\[(\w+)\]", setting)
     if chosen is None:
         return None
-    return Check("huge pages", f"{chosen[1]}; models run from mapped files, which do not ask for them")
+    if chosen[1] != "never":
+        return Check("huge pages", f"{chosen[1]}; --residency copied asks for them")
+    remedy = (
+        "copied experts are read a little slower; `echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled`"
+    )
+    return Check("huge pages", "never", "attention", remedy)
 
 
 def overcommit(root: Path) -> Check | None:
@@ -65,20 +69,19 @@ def swap(root: Path) -> Check | None:
     )
 
 
-def numa(root: Path) -> Check | None:
-    """Nodes with memory of their own. None where Linux does not tell."""
-    files = sorted((root / "sys/devices/system/node").glob("node[0-9]*/meminfo"), key=_node_number)
-    sizes = [_node_bytes(read_text(file)) for file in files]
-    with_memory = [size for size in sizes if size]
-    if not with_memory:
+def numa(topology: Topology) -> Check | None:
+    """Nodes with memory and processors that this process may use. None where Linux does not tell."""
+    nodes = topology.nodes
+    if not nodes[0].nbytes:
         return None
-    if len(with_memory) == 1:
+    if len(nodes) == 1:
         return Check("NUMA nodes", "1")
-    value = f"{len(with_memory)}: {', '.join(format_size(size) for size in with_memory)}"
-    remedy = (
-        "this version does not place weights by node; `numactl --interleave=all dsr1 ...`, with the model not yet in "
-        "the page cache, spreads them evenly"
-    )
+    told = ", ".join(f"{format_size(node.available)} of {format_size(node.nbytes)} free" for node in nodes)
+    room = len(nodes) * min(topology.available)
+    value = f"{len(nodes)}: {told}; a store's experts, up to {format_size(room)}, are split over them"
+    if room >= EVEN_SHARE * sum(topology.available):
+        return Check("NUMA nodes", value)
+    remedy = "experts that do not fit stay mapped and are read across nodes; free RAM on the fullest node"
     return Check("NUMA nodes", value, "attention", remedy)
 
 
@@ -86,12 +89,3 @@ def _meminfo(root: Path) -> dict[str, int]:
     """/proc/meminfo in bytes."""
     found = re.findall(r"^(\w+):\s+(\d+) kB$", read_text(root / "proc/meminfo"), re.MULTILINE)
     return {name: int(kib) * 2**10 for name, kib in found}
-
-
-def _node_number(meminfo: Path) -> int:
-    return int(meminfo.parent.name.removeprefix("node"))
-
-
-def _node_bytes(meminfo: str) -> int:
-    total = re.search(r"MemTotal:\s+(\d+) kB", meminfo)
-    return int(total[1]) * 2**10 if total else 0

@@ -1,17 +1,13 @@
 """The processor: cores, and the instruction sets that the kernels use."""
 
-import ctypes
 import platform
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from offload.checks.check import Check, read_text
+from quant.isa import X86, request_tiles
 
-# What /proc/cpuinfo calls the instruction sets among which quant/kernels/packed_dot.py chooses, the best first.
-KERNEL_PATHS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI", "avx512bw": "AVX-512", "avx2": "AVX2"}
 TILE_FLAGS = {"amx_tile", "amx_int8"}
-SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # Linux on x86-64
 
 
 def processor(root: Path) -> Check:
@@ -29,27 +25,16 @@ def cores(allowed: int, total: int, quota: float | None) -> Check:
     return Check("cores", f"{value}, but only for the time of {quota:.1f}", "attention", remedy)
 
 
-def instruction_sets(root: Path, numba_cpu: str | None) -> Check | None:
-    """Which way the dot products of packed weights take. numba_cpu: NUMBA_CPU_NAME, which overrides the processor."""
-    flags = _flags(root)
-    if not flags:
-        return None
-    present = [name for flag, name in KERNEL_PATHS.items() if flag in flags]
-    value = ", ".join(present) or "no AVX2"
+def instruction_sets(names: Sequence[str], numba_cpu: str | None) -> Check:
+    """names: of those there are, the best first. numba_cpu: NUMBA_CPU_NAME, which overrides the processor."""
+    value = f"kernels use {names[0]}" + (f"; --isa can choose {', '.join(names[1:])}" if names[1:] else "")
     if numba_cpu:
         remedy = "unset it, so that kernels use all that the processor has"
         return Check("instruction sets", f"{value}; NUMBA_CPU_NAME is {numba_cpu}", "attention", remedy)
-    if not present:
+    if len(names) == 1 and X86:
         remedy = "kernels run, but slowly; take a processor with AVX2, or let the virtual machine see the host's"
         return Check("instruction sets", value, "attention", remedy)
-    return Check("instruction sets", f"{value}; kernels use {present[0]}")
-
-
-def request_tiles() -> bool:
-    """Ask Linux to let this process use AMX's tile registers, which does no harm."""
-    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
-        return False
-    return ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
+    return Check("instruction sets", value)
 
 
 def amx(root: Path, request: Callable[[], bool] = request_tiles) -> Check | None:
@@ -60,8 +45,9 @@ def amx(root: Path, request: Callable[[], bool] = request_tiles) -> Check | None
     if not flags >= TILE_FLAGS:
         return Check("AMX", "no")
     if request():
-        return Check("AMX", "yes, and granted by the system")
-    return Check("AMX", "yes, but not granted by the system; this version does not use it")
+        return Check("AMX", "yes, and granted by the system; kernels use it")
+    remedy = "kernels do without; take Linux 5.16 or newer, and a container that allows arch_prctl"
+    return Check("AMX", "yes, but not granted by the system", "attention", remedy)
 
 
 def _first_processor(root: Path) -> dict[str, str]:

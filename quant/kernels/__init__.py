@@ -14,12 +14,12 @@ encode.py   weights into packed formats
 lanes.py    16 float32 values as one Numba value, for encode.py
 decode.py   a packed matrix as plain float32
 bandwidth.py      the machine's own limits, for dsr1 bench
-jit.py      compiling and the cache on disk
+jit.py      compiling
+cache.py    machine code on disk
 threads.py  how many threads
 reference.py  the same results in plain NumPy, for tests
 """
 
-from quant.kernels.jit import kernels_cached
 from quant.kernels.threads import set_threads, thread_count
 
-__all__ = ["kernels_cached", "set_threads", "thread_count"]
+__all__ = ["set_threads", "thread_count"]

@@ -12,13 +12,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.isa import X86
 from quant.kernels.vector import I32, I64, POINTER
 
 # The numbers of futex among Linux's system calls. Elsewhere threads wait otherwise (threads.py).
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform.startswith("linux") else 0
 WAIT_PRIVATE, WAKE_PRIVATE = 128, 129
 EVERYBODY = 2**31 - 1
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 @intrinsic
@@ -56,7 +56,7 @@ def _make_add(bits: ir.IntType) -> Any:
 @intrinsic
 def _pause(typingctx):  # type: ignore[no-untyped-def]
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if IS_X86:
+        if X86:
             kind = ir.FunctionType(ir.VoidType(), [])
             builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
         return context.get_dummy_value()

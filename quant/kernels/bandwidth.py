@@ -5,7 +5,6 @@ machine to machine, so there are several: one or four places at a time, with and
 Multiplying repeats the instruction of the packed kernels on operands from the first-level cache.
 """
 
-import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,12 +14,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from quant.isa import x86_has
 from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner
-from quant.kernels.packed_dot import BYTES, LINE, dot_bytes, prefetch, x86_has
+from quant.kernels.packed_dot import BYTES, LINE, dot_bytes, prefetch
 from quant.kernels.threads import call, thread_count
 from quant.kernels.tiles import integers, share
-from quant.kernels.vector import I32, I64, LANES, VI, i64, load_lanes, processor_has, splat_bits
+from quant.kernels.vector import I32, I64, LANES, VI, i64, load_lanes, splat_bits
 
 PAGE = 4096  # bytes; the unit of reading
 STREAMS = 4  # places that are read at the same time, each in pages of its own
@@ -192,11 +192,3 @@ def multiply_bytes(operands: Tensor, rounds: int) -> int:
     operands: uint8 [OPERAND_BYTES]. There are ROUND_OPERATIONS additions and multiplications in a round.
     """
     return int(call(multiply_kernel, (operands.data_ptr(), rounds), thread_count())) & 0xFFFFFFFF
-
-
-def instruction_set() -> str:
-    """What the packed kernels multiply bytes with on this processor, by LLVM's name of it."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return platform.machine().lower()
-    names = ("avx512vnni", "avxvnni", "avx512bw", "avx2", "ssse3")
-    return next((name for name in names if processor_has(name)), "sse2")

@@ -6,16 +6,13 @@ a column is one load; it is searched and written out before the next one is read
 
 from functools import cache
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from quant.encode_reference import (
     ANCHORS,
-    LARGEST_INTEGER,
     LARGEST_POWER,
     NEGLIGIBLE,
-    SMALLEST_INTEGER,
     SMALLEST_POWER,
     TOP_INTEGERS,
     largest_scale,
@@ -23,40 +20,52 @@ from quant.encode_reference import (
     midpoints,
 )
 from quant.kernels.atomics import arguments_of
+from quant.kernels.decode import ACCURATE_CODE, BLOCK_BYTES, FAST_CODE
 from quant.kernels.jit import Kernel, inner
 from quant.kernels.lanes import (
     fill,
+    join_bits,
     load,
     magnitude,
     nearest_bf16,
     power_below,
     store,
-    store_bf16,
-    store_bytes,
+    transpose,
     where_less,
 )
 from quant.kernels.tiles import floats, share
-from quant.kernels.vector import pointer
-from quant.packed import BLOCK_K, HEADER_BYTES, TILE_ROWS, PackedFormat
+from quant.packed import (
+    ACCURATE,
+    BLOCK_K,
+    FAST,
+    HIGHEST_INTEGER,
+    INTEGER_STEP,
+    LINE,
+    LOWEST_INTEGER,
+    TILE_ROWS,
+    PackedFormat,
+)
 
 VECTOR = 4 * TILE_ROWS  # bytes of one float32 a row
 MOST_GROUPS = 8  # in a block's row
-# Scratch of one thread, in bytes from its start: the block's columns, two vectors a group, codes, integers.
-FITTED = BLOCK_K * VECTOR
-SQUARES = FITTED + MOST_GROUPS * VECTOR
-CODES = SQUARES + MOST_GROUPS * VECTOR
-INTEGERS = CODES + BLOCK_K * TILE_ROWS
-SCRATCH_BYTES = INTEGERS + MOST_GROUPS * TILE_ROWS
+MOST_ANCHORS, TOPS = max(map(len, ANCHORS.values())), max(map(len, TOP_INTEGERS.values()))
+# Scratch of one thread, in bytes from its start: the block's columns, a vector for each group, three for each fit.
+INTEGERS = BLOCK_K * VECTOR
+FITS = INTEGERS + MOST_GROUPS * VECTOR
+FIT_BYTES = 3 * VECTOR
+SCRATCH_BYTES = FITS + MOST_GROUPS * MOST_ANCHORS * FIT_BYTES
 
 # What the search needs to know of a format: a table of float32, these first. Evenly spaced levels are a range, others
 # are listed, with the midpoints between them.
-LOWEST, HIGHEST, CODE_OF_ZERO, LARGEST_SCALE, MIDPOINTS = 0, 1, 2, 3, 4
+LOWEST, HIGHEST, CODE_OF_ZERO, LARGEST_SCALE, LOWEST_OF_INTEGERS, HIGHEST_OF_INTEGERS, STEP_OF_INTEGERS = range(7)
+MIDPOINTS = STEP_OF_INTEGERS + 1
 LEVELS = MIDPOINTS + 15
-TOPS = LEVELS + 16
-FIRST_ANCHOR = TOPS + len(TOP_INTEGERS)
-TABLE_SIZE = FIRST_ANCHOR + max(map(len, ANCHORS.values()))
+FIRST_TOP = LEVELS + 16
+FIRST_ANCHOR = FIRST_TOP + TOPS
+TABLE_SIZE = FIRST_ANCHOR + MOST_ANCHORS
 
 ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
+SIXTEENTH = np.float32(1 / 16)
 ROUNDING = np.float32(1.5 * 2**23)  # float32 this large have no fraction: adding it rounds, halves to even
 
 
@@ -66,17 +75,14 @@ def search_table(fmt: PackedFormat) -> NDArray[np.float32]:
     table = np.zeros(TABLE_SIZE, np.float32)
     table[LOWEST], table[HIGHEST] = level_range(fmt)
     table[CODE_OF_ZERO], table[LARGEST_SCALE] = fmt.zero, largest_scale(fmt)
+    if (kind := fmt.integers) is not None:
+        table[LOWEST_OF_INTEGERS], table[HIGHEST_OF_INTEGERS] = LOWEST_INTEGER[kind], HIGHEST_INTEGER[kind]
+        table[STEP_OF_INTEGERS], table[FIRST_TOP:FIRST_ANCHOR] = INTEGER_STEP[kind], TOP_INTEGERS[kind]
     if fmt.levels is not None:
-        table[MIDPOINTS:LEVELS], table[LEVELS:TOPS] = midpoints(fmt), fmt.levels
-    table[TOPS:FIRST_ANCHOR] = TOP_INTEGERS
+        table[MIDPOINTS:LEVELS], table[LEVELS:FIRST_TOP] = midpoints(fmt), fmt.levels
     anchors = ANCHORS[fmt.name]
     table[FIRST_ANCHOR : FIRST_ANCHOR + len(anchors)] = anchors
     return table
-
-
-@inner
-def _bytes(address, shape):  # type: ignore[no-untyped-def]
-    return numba.carray(pointer(address), shape, np.uint8)
 
 
 @inner
@@ -129,29 +135,37 @@ def _listed_code(scaled, table):  # type: ignore[no-untyped-def]
 def _make_fit(nearest_level):  # type: ignore[no-untyped-def]
     @inner
     def fit(x, group, inverse, table):  # type: ignore[no-untyped-def]
-        """Σ level × x and Σ level² (at least 1) of one group, whose first column is at address x."""
-        products, squares, one = fill(ZERO), fill(ZERO), fill(ONE)
+        """Σ level × x and Σ level² of one group, whose first column is at address x."""
+        products, squares = fill(ZERO), fill(ZERO)
         for k in range(group):
             value = load(x + k * VECTOR)
             level = nearest_level(value * inverse, table)
             products = products + level * value
             squares = squares + level * level
-        return products, where_less(squares, one, one, squares)
+        return products, squares
 
     return fit
 
 
-def _make_put_codes(nearest_code):  # type: ignore[no-untyped-def]
+def _make_put_codes(nearest_code, bits):  # type: ignore[no-untyped-def]
+    columns = 32 // bits  # of a row, in a line
+
     @inner
-    def put_codes(x, group, inverse, table, codes):  # type: ignore[no-untyped-def]
-        for k in range(group):
-            store_bytes(codes + k * TILE_ROWS, nearest_code(load(x + k * VECTOR) * inverse, table))
+    def put_codes(x, group, inverse, table, lines):  # type: ignore[no-untyped-def]
+        """Write the codes of one group, in lines of 64 bytes in which each row owns four, to address `lines`."""
+        for line in range(group // columns):
+            word = fill(ZERO)
+            for i in range(columns):
+                code = nearest_code(load(x + (line * columns + i) * VECTOR) * inverse, table)
+                word = join_bits(word, code, 255, i % 4 * 8 + i // 4 * 4)
+            store(lines + line * LINE, word)
 
     return put_codes
 
 
 _fit_even, _fit_listed = _make_fit(_even_level), _make_fit(_listed_level)
-_put_even_codes, _put_listed_codes = _make_put_codes(_even_code), _make_put_codes(_listed_code)
+_put_even_codes, _put_listed_codes = _make_put_codes(_even_code, 4), _make_put_codes(_listed_code, 4)
+_put_bytes = _make_put_codes(_even_code, 8)
 
 
 @inner
@@ -167,13 +181,13 @@ def _error(x, group, scale, table):  # type: ignore[no-untyped-def]
 
 @inner
 def _peak(x, group):  # type: ignore[no-untyped-def]
-    """The group's value of largest magnitude, the first of equals; 0 where it is negligible."""
-    peak, most = fill(ZERO), fill(ZERO)
-    for k in range(group):
+    """The group's value of largest magnitude, the positive one of equals; 0 where it is negligible."""
+    highest, lowest = load(x), load(x)
+    for k in range(1, group):
         value = load(x + k * VECTOR)
-        size = magnitude(value)
-        peak, most = where_less(most, size, value, peak), where_less(most, size, size, most)
-    return where_less(most, fill(NEGLIGIBLE), fill(ZERO), peak)
+        highest, lowest = where_less(highest, value, value, highest), where_less(value, lowest, value, lowest)
+    peak = where_less(highest, fill(ZERO) - lowest, lowest, highest)
+    return where_less(magnitude(peak), fill(NEGLIGIBLE), fill(ZERO), peak)
 
 
 @inner
@@ -192,122 +206,138 @@ def _normalise(x):  # type: ignore[no-untyped-def]
 
 @inner
 def _stored(scale, power, table):  # type: ignore[no-untyped-def]
-    """A scale times its row's power of two, as a bfloat16 holds it; -0 becomes 0."""
-    largest = table[LARGEST_SCALE]
-    return nearest_bf16(_clip(scale * power, -largest, largest)) + fill(ZERO)
+    """A scale times its row's power of two, as a bfloat16 holds it; never below 0."""
+    return nearest_bf16(_clip(scale * power, ZERO, table[LARGEST_SCALE])) + fill(ZERO)
 
 
 @inner
-def _encode_groups(x, group, power, table, anchors, header):  # type: ignore[no-untyped-def]
-    """The codes of a block and, at address `header`, its bfloat16 scales."""
-    for g in range(BLOCK_K // group):
-        values = x + g * group * VECTOR
-        peak = _peak(values, group)
-        best, least = fill(ZERO), fill(INFINITY)
-        for a in range(anchors):
-            inverse = _over(fill(table[FIRST_ANCHOR + a]), peak)
-            products, squares = _fit_even(values, group, inverse, table)
-            stored = _stored(products / squares, power, table)
-            error = _error(values, group, stored * (fill(ONE) / power), table)
-            best, least = where_less(error, least, stored, best), where_less(error, least, error, least)
-        store_bf16(header + g * 2 * TILE_ROWS, best)
-        inverse = _over(fill(ONE), best * (fill(ONE) / power))
-        _put_even_codes(values, group, inverse, table, x + CODES + g * group * TILE_ROWS)
-
-
-@inner
-def _real_scale(x, group, table, anchors, fitted, squares):  # type: ignore[no-untyped-def]
-    """The best scale of a group before it is rounded, to `fitted`, and Σ level², to `squares`."""
-    peak = _peak(x, group)
-    best, curvature, most = fill(ZERO), fill(ZERO), fill(-ONE)
-    for a in range(anchors):
-        inverse = _over(fill(table[FIRST_ANCHOR + a]), peak)
-        products, growth = _fit_listed(x, group, inverse, table)
-        scale = products / growth
-        gain = scale * products
-        best, curvature = where_less(most, gain, scale, best), where_less(most, gain, growth, curvature)
-        most = where_less(most, gain, gain, most)
-    store(fitted, where_less(fill(ZERO), magnitude(peak), best, fill(ZERO)))
-    store(squares, curvature)
-
-
-@inner
-def _nearest_integer(scale, d):  # type: ignore[no-untyped-def]
-    return _rint(_clip(scale * _over(fill(ONE), d), SMALLEST_INTEGER, LARGEST_INTEGER))
-
-
-@inner
-def _block_scale(x, groups, power, table):  # type: ignore[no-untyped-def]
-    """The bfloat16 whose multiples are nearest to the groups' scales."""
-    top = fill(ZERO)
-    for g in range(groups):
-        size = magnitude(load(x + FITTED + g * VECTOR))
-        top = where_less(top, size, size, top)
+def _encode_one_scale(x, power, table, anchors, block):  # type: ignore[no-untyped-def]
+    """Write a block without integers to address `block`."""
+    peak = magnitude(_peak(x, BLOCK_K))
     best, least = fill(ZERO), fill(INFINITY)
-    for i in range(FIRST_ANCHOR - TOPS):
-        stored = _stored(top / fill(table[TOPS + i]), power, table)
-        d, cost = stored * (fill(ONE) / power), fill(ZERO)
+    for a in range(anchors):
+        stored = _stored(peak / fill(table[FIRST_ANCHOR + a]), power, table)
+        error = _error(x, BLOCK_K, stored * (fill(ONE) / power), table)
+        best, least = where_less(error, least, stored, best), where_less(error, least, error, least)
+    store(block, best)
+    _put_bytes(x, BLOCK_K, _over(fill(ONE), best * (fill(ONE) / power)), table, block + LINE)
+
+
+@inner
+def _nearest_number(scale, inverse, table):  # type: ignore[no-untyped-def]
+    """Which of the allowed integers is nearest to scale × inverse, counted from the lowest: as it is stored."""
+    lowest = table[LOWEST_OF_INTEGERS]
+    above = _clip(scale * inverse, lowest, table[HIGHEST_OF_INTEGERS]) - fill(lowest)
+    return _rint(above * fill(ONE / table[STEP_OF_INTEGERS]))
+
+
+@inner
+def _integer(number, table):  # type: ignore[no-untyped-def]
+    return number * fill(table[STEP_OF_INTEGERS]) + fill(table[LOWEST_OF_INTEGERS])
+
+
+@inner
+def _cheapest(fits, anchors, d, table):  # type: ignore[no-untyped-def]
+    """Of a group's fits, the one that costs least with a multiple of d as its scale: that integer, and the cost."""
+    inverse = _over(fill(ONE), d)
+    best, least = fill(ZERO), fill(INFINITY)
+    for a in range(anchors):
+        fit = fits + a * FIT_BYTES
+        scale = load(fit)
+        number = _nearest_number(scale, inverse, table)
+        off = _integer(number, table) * d - scale
+        cost = load(fit + VECTOR) * off * off - load(fit + 2 * VECTOR)
+        best, least = where_less(cost, least, number, best), where_less(cost, least, cost, least)
+    return best, least
+
+
+@inner
+def _search_d(fits, groups, anchors, top, power, table):  # type: ignore[no-untyped-def]
+    """The d, over its row's power of two, with which the groups' fits cost least."""
+    best, least = fill(ZERO), fill(INFINITY)
+    for i in range(TOPS):
+        d = _stored(top / fill(table[FIRST_TOP + i]), power, table) * (fill(ONE) / power)
+        cost = fill(ZERO)
         for g in range(groups):
-            scale = load(x + FITTED + g * VECTOR)
-            off = _nearest_integer(scale, d) * d - scale
-            cost = cost + load(x + SQUARES + g * VECTOR) * off * off
-        best, least = where_less(cost, least, stored, best), where_less(cost, least, cost, least)
+            cost = cost + _cheapest(fits + g * anchors * FIT_BYTES, anchors, d, table)[1]
+        best, least = where_less(cost, least, d, best), where_less(cost, least, cost, least)
     return best
 
 
 @inner
-def _encode_two_scales(x, group, power, table, anchors, header):  # type: ignore[no-untyped-def]
-    """The codes of a block and, at address `header`, its rows' bfloat16 and its groups' 6-bit integers."""
-    groups = BLOCK_K // group
+def _put_header(numbers, groups, d, two_lines, header):  # type: ignore[no-untyped-def]
+    """d with the upper two bits of the integers, and their lower four in a second line, if there are two."""
+    upper, lower = d, fill(ZERO) if two_lines else d
     for g in range(groups):
-        vectors = x + g * VECTOR
-        _real_scale(x + g * group * VECTOR, group, table, anchors, vectors + FITTED, vectors + SQUARES)
-    stored = _block_scale(x, groups, power, table)
-    store_bf16(header, stored)
-    d = stored * (fill(ONE) / power)
-    for g in range(groups):
-        integer = _nearest_integer(load(x + FITTED + g * VECTOR), d)
-        store_bytes(x + INTEGERS + g * TILE_ROWS, integer - fill(SMALLEST_INTEGER))
-        inverse = _over(fill(ONE), integer * d)
-        codes = x + CODES + g * group * TILE_ROWS
-        _put_listed_codes(x + g * group * VECTOR, group, inverse, table, codes)
-    _pack_integers(x + INTEGERS, header + 2 * TILE_ROWS)
+        number = load(numbers + g * VECTOR)
+        upper = join_bits(upper, number * fill(SIXTEENTH), 3, 2 * g)
+        lower = join_bits(lower, number, 15, 4 * g)
+    store(header, upper)
+    store(header + (LINE if two_lines else 0), lower)
 
 
-@inner
-def _pack_integers(source, target):  # type: ignore[no-untyped-def]
-    """8 groups × 16 rows of 6-bit integers: first their upper 2 bits, then their lower 4."""
-    integers, packed = _bytes(source, (8, TILE_ROWS)), _bytes(target, (6, TILE_ROWS))
-    for r in range(TILE_ROWS):
-        for half in range(2):
-            high = 0
-            for i in range(4):
-                high |= integers[4 * half + i, r] >> 4 << 2 * i
-            packed[half, r] = high
-        for pair in range(4):
-            packed[2 + pair, r] = integers[2 * pair, r] & 15 | (integers[2 * pair + 1, r] & 15) << 4
+def _make_encode_two_scales(fit, put_codes, group, two_lines):  # type: ignore[no-untyped-def]
+    groups, header_bytes = BLOCK_K // group, LINE * (1 + two_lines)
+
+    @inner
+    def fit_anchors(x, fits, anchors, table):  # type: ignore[no-untyped-def]
+        """Each anchor's scale, Σ level² and gain of one group to address `fits`; the scale with the largest gain."""
+        peak, best, most = _peak(x, group), fill(ZERO), fill(-ONE)
+        for a in range(anchors):
+            inverse = _over(fill(table[FIRST_ANCHOR + a]), peak)
+            products, squares = fit(x, group, inverse, table)
+            scale = products / where_less(squares, fill(ONE), fill(ONE), squares)
+            gain = scale * products
+            store(fits + a * FIT_BYTES, scale)
+            store(fits + a * FIT_BYTES + VECTOR, squares)
+            store(fits + a * FIT_BYTES + 2 * VECTOR, gain)
+            best, most = where_less(most, gain, scale, best), where_less(most, gain, gain, most)
+        return best
+
+    @inner
+    def refit(x, d, power, table):  # type: ignore[no-untyped-def]
+        """The best d, as stored, for the block's integers and the levels that are nearest with the d so far."""
+        numerator, denominator = fill(ZERO), fill(ZERO)
+        for g in range(groups):
+            integer = _integer(load(x + INTEGERS + g * VECTOR), table)
+            products, squares = fit(x + g * group * VECTOR, group, _over(fill(ONE), integer * d), table)
+            numerator = numerator + integer * products
+            denominator = denominator + integer * integer * squares
+        return _stored(_over(numerator, denominator), power, table)
+
+    @inner
+    def encode_two_scales(x, power, table, anchors, block):  # type: ignore[no-untyped-def]
+        """Write a block with integers to address `block`."""
+        top, fits = fill(ZERO), x + FITS
+        for g in range(groups):
+            scale = magnitude(fit_anchors(x + g * group * VECTOR, fits + g * anchors * FIT_BYTES, anchors, table))
+            top = where_less(top, scale, scale, top)
+        d = _search_d(fits, groups, anchors, top, power, table)
+        for g in range(groups):
+            store(x + INTEGERS + g * VECTOR, _cheapest(fits + g * anchors * FIT_BYTES, anchors, d, table)[0])
+        stored = refit(x, d, power, table)
+        _put_header(x + INTEGERS, groups, stored, two_lines, block)
+        d = stored * (fill(ONE) / power)
+        for g in range(groups):
+            inverse = _over(fill(ONE), _integer(load(x + INTEGERS + g * VECTOR), table) * d)
+            put_codes(x + g * group * VECTOR, group, inverse, table, block + header_bytes + g * group * TILE_ROWS // 2)
+
+    return encode_two_scales
 
 
-@inner
-def _pack_codes(source, bits, target):  # type: ignore[no-untyped-def]
-    """128 columns × 16 rows of codes, in lines of 64 bytes in which each row owns four."""
-    codes = _bytes(source, (BLOCK_K // 4, 4, TILE_ROWS))
-    lines = _bytes(target, (BLOCK_K * bits // 32, TILE_ROWS, 4))
-    for line in range(len(lines)):
-        for i in range(4):
-            for r in range(TILE_ROWS):
-                if bits == 8:
-                    lines[line, r, i] = codes[line, i, r]
-                else:
-                    lines[line, r, i] = codes[2 * line, i, r] | codes[2 * line + 1, i, r] << 4
+_encode_fast = _make_encode_two_scales(_fit_even, _put_even_codes, FAST.group, two_lines=False)
+_encode_accurate = _make_encode_two_scales(_fit_listed, _put_listed_codes, ACCURATE.group, two_lines=True)
 
 
 @inner
 def _open_block(weight, rows, columns, k, x):  # type: ignore[no-untyped-def]
     """Copy a block, whose rows are `k` apart, to address x: column by column, filled up with zeros."""
+    if rows == TILE_ROWS and columns == BLOCK_K:
+        for column in range(0, BLOCK_K, TILE_ROWS):
+            transpose(weight + column * 4, k * 4, x + column * VECTOR)
+        return
     block = floats(x, (BLOCK_K, TILE_ROWS))
-    if rows < TILE_ROWS or columns < BLOCK_K:
-        block[:] = ZERO
+    block[:] = ZERO
     for r in range(rows):
         row = floats(weight + r * k * 4, (columns,))
         for column in range(columns):
@@ -315,29 +345,29 @@ def _open_block(weight, rows, columns, k, x):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _part(weight, rules, out, scratch, n, k, group, bits, anchors, part, parts):  # type: ignore[no-untyped-def]
+def _part(weight, rules, out, scratch, n, k, code, anchors, part, parts):  # type: ignore[no-untyped-def]
     table = floats(rules, (TABLE_SIZE,))
     x = scratch + part * SCRATCH_BYTES
     first_tile, end_tile = share((n + TILE_ROWS - 1) // TILE_ROWS, part, parts)
-    blocks, block_bytes = (k + BLOCK_K - 1) // BLOCK_K, HEADER_BYTES + BLOCK_K * TILE_ROWS * bits // 8
+    blocks = (k + BLOCK_K - 1) // BLOCK_K
     for tile in range(first_tile, end_tile):
         row = tile * TILE_ROWS
         for block in range(blocks):
             column = block * BLOCK_K
-            target = out + (tile * blocks + block) * block_bytes
             _open_block(weight + (row * k + column) * 4, min(TILE_ROWS, n - row), min(BLOCK_K, k - column), k, x)
-            power = _normalise(x)
-            if table[LEVELS] == ZERO:
-                _encode_groups(x, group, power, table, anchors, target)
+            power, target = _normalise(x), out + (tile * blocks + block) * BLOCK_BYTES[code]
+            if code == FAST_CODE:
+                _encode_fast(x, power, table, anchors, target)
+            elif code == ACCURATE_CODE:
+                _encode_accurate(x, power, table, anchors, target)
             else:
-                _encode_two_scales(x, group, power, table, anchors, target)
-            _pack_codes(x + CODES, bits, target + HEADER_BYTES)
+                _encode_one_scale(x, power, table, anchors, target)
 
 
 def _encode(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
     """Pack weight [n, k], float32 and finite. Arguments: those of _part, the first four addresses."""
-    weight, rules, out, scratch, n, k, group, bits, anchors = arguments_of(arguments, 9)
-    _part(weight, rules, out, scratch, n, k, group, bits, anchors, part, parts)
+    weight, rules, out, scratch, n, k, code, anchors = arguments_of(arguments, 8)
+    _part(weight, rules, out, scratch, n, k, code, anchors, part, parts)
     return 0
 
 

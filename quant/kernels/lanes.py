@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
-from quant.kernels.vector import I8, I16, I32, LANES, POINTER, VF, VI
+from quant.kernels.vector import I32, I64, LANES, POINTER, VF, VI
 
 _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
 _overload: Callable[[Any], Callable[[Any], Any]] = overload
@@ -82,24 +82,65 @@ def fill(context, value):  # type: ignore[no-untyped-def]
     return lanes(types.float32), emit
 
 
-def _make_store(convert: Callable[[Any, Any], Any], alignment: int) -> Any:
-    @_intrinsic
-    def store(context, address, value):  # type: ignore[no-untyped-def]
-        def emit(_, builder, __, args):  # type: ignore[no-untyped-def]
-            stored = builder.store(convert(builder, args[1]), builder.inttoptr(args[0], POINTER))
-            stored.align = alignment
+@_intrinsic
+def store(context, address, value):  # type: ignore[no-untyped-def]
+    """Write 16 float32, or what bits they hold, to `address`."""
 
-        return types.void(types.int64, lanes), emit
+    def emit(_, builder, __, args):  # type: ignore[no-untyped-def]
+        builder.store(args[1], builder.inttoptr(args[0], POINTER)).align = 4
 
-    return store
+    return types.void(types.int64, lanes), emit
 
 
-def _to_bytes(builder: Any, value: Any) -> Any:
-    return builder.trunc(builder.fptosi(value, VI), ir.VectorType(I8, LANES))
+@_intrinsic
+def join_bits(context, word, value, mask, shift):  # type: ignore[no-untyped-def]
+    """The bits of `word`, and those of the whole part of `value` (0 or more) that are in `mask`, `shift` higher."""
+
+    def emit(_, builder, __, args):  # type: ignore[no-untyped-def]
+        word, value, mask, shift = args
+        bits = builder.and_(builder.fptosi(value, VI), _spread(builder, mask))
+        moved = builder.shl(bits, _spread(builder, shift))
+        return builder.bitcast(builder.or_(builder.bitcast(word, VI), moved), VF)
+
+    return lanes(lanes, lanes, types.int64, types.int64), emit
 
 
-def _upper_halves(builder: Any, value: Any) -> Any:
-    return builder.trunc(builder.lshr(builder.bitcast(value, VI), _constant(16)), ir.VectorType(I16, LANES))
+def _spread(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(VI, ir.Undefined)
+    first = builder.insert_element(undefined, builder.trunc(value, I32), ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, undefined, _constant(0))
+
+
+@_intrinsic
+def transpose(context, source, stride, target):  # type: ignore[no-untyped-def]
+    """Write 16 x 16 float32, whose rows are `stride` bytes apart, to `target`: column by column, no gaps."""
+
+    def emit(_, builder, __, args):  # type: ignore[no-untyped-def]
+        source, stride, target = args
+        rows = []
+        for r in range(LANES):
+            address = builder.add(source, builder.mul(stride, ir.Constant(I64, r)))
+            loaded = builder.load(builder.inttoptr(address, POINTER), typ=VF)
+            loaded.align = 4
+            rows.append(loaded)
+        for c, column in enumerate(_transposed(builder, rows)):
+            address = builder.add(target, ir.Constant(I64, 4 * LANES * c))
+            builder.store(column, builder.inttoptr(address, POINTER)).align = 4
+
+    return types.void(types.int64, types.int64, types.int64), emit
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """Swap squares of 8 x 8, then of 4 x 4, 2 x 2 and single values beside the diagonal."""
+    for half in (8, 4, 2, 1):
+        upper = [lane + LANES - half if lane & half else lane for lane in range(LANES)]
+        lower = [lane + LANES if lane & half else lane + half for lane in range(LANES)]
+        for r in [row for row in range(LANES) if not row & half]:
+            pair = rows[r], rows[r + half]
+            rows[r], rows[r + half] = (
+                builder.shuffle_vector(*pair, ir.Constant(VI, chosen)) for chosen in (upper, lower)
+            )
+    return rows
 
 
 def _make_bitwise(emit: Callable[[Any, Any], Any]) -> Any:
@@ -129,9 +170,6 @@ def where_less(context, a, b, yes, no):  # type: ignore[no-untyped-def]
     return lanes(lanes, lanes, lanes, lanes), emit
 
 
-store = _make_store(lambda builder, value: value, 4)  # (address, lanes): 16 float32
-store_bytes = _make_store(_to_bytes, 1)  # whole numbers 0..255
-store_bf16 = _make_store(_upper_halves, 2)  # values that bfloat16 holds exactly
 magnitude = _make_bitwise(lambda builder, bits: builder.and_(bits, _constant(0x7FFFFFFF)))
 power_below = _make_bitwise(lambda builder, bits: builder.and_(bits, _constant(0x7F800000)))  # 2^e; 0 if subnormal
 nearest_bf16 = _make_bitwise(_nearest_bf16)  # halves to even

@@ -1,4 +1,4 @@
-"""A tile of 16 packed rows times 1 or 4 tokens, in LLVM IR. docs/formats.md has the blocks and the order of the sums.
+"""Tiles of 16 packed rows times 1 or 4 tokens, in LLVM IR. docs/formats.md has the blocks and the order of the sums.
 
 Each lane is a row. Codes become unsigned bytes level + offset, four columns a lane, which are multiplied with four
 activations and added up in int32: by `vpdpbusd` where there is VNNI, else as two sums of 16-bit products. The sums of
@@ -6,11 +6,12 @@ a block's groups, times the groups' integers, are added up in int32 too. All thi
 how it is done; the offset is taken off by where a sum starts (activations.py). One float accumulator a row takes the
 blocks in order of k, so a result does not depend on how many tokens are multiplied together.
 
-Weights are prefetched some blocks ahead. At a tile's end that is the tile which the caller says comes next, so that
-the stream from memory never stops.
+Several tiles are worked on at the same time, a block of each in turn, because a processor reads several streams from
+memory faster than one. Weights are prefetched a block ahead; at a tile's end that is the tile which the caller says
+comes next, so that the streams never stop.
 """
 
-import platform
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -18,8 +19,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.isa import x86_has
 from quant.kernels.activations import STARTS, offset_of
-from quant.kernels.decode import ACCURATE_CODE, FAST_CODE, Q8_CODE
+from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner
 from quant.kernels.vector import (
     F32,
@@ -33,7 +35,6 @@ from quant.kernels.vector import (
     VI,
     i64,
     multiply_add,
-    processor_has,
     splat,
     splat_bits,
     splat_float,
@@ -42,113 +43,135 @@ from quant.packed import ACCURATE, BLOCK_K, FAST, INTEGER_STEP, LINE, LOWEST_INT
 
 BLOCK_BYTES = {fmt.name: fmt.block_bytes for fmt in (FAST, ACCURATE, Q8)}
 FAST_BYTES, ACCURATE_BYTES, Q8_BYTES = BLOCK_BYTES.values()
-RESULT_FLOATS = TOKEN_TILE * TILE_ROWS
 
-AHEAD = {"fast": 3, "accurate": 3, "q8": 2}  # blocks between a read and its prefetch
-QUADS = BLOCK_K // 4  # operands in a block: 16 rows x 4 columns each
+AHEAD = 1  # blocks between a read and its prefetch
+# Tiles that are read at the same time, a block of each after the other. One stream from memory reaches 0.8 of what the
+# processor can read, four 0.9, eight all of it (with 1 KiB of prefetch; two threads of a Xeon with AMX).
+SLOTS = 8
+ROW_BYTES = SLOTS * LINE  # of a token's results
 SCALE_BITS = 0xFFFF0000  # of a header's word
 BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 
 
-def x86_has(feature: str) -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64") and processor_has(feature)
+class _Inputs(NamedTuple):
+    """Addresses of each token's record and of its first scale; bytes from one scale to the next; blocks of a row."""
+
+    records: list[Any]
+    scales: list[Any]
+    scale_stride: Any
+    blocks: Any
 
 
 class _Block(NamedTuple):
-    """One block of weights, and for each token the addresses of its q, of its starts and its scale."""
+    """One block of weights, and for each token the addresses of its q, of its starts and its scale.
+
+    later: address of the block to prefetch, a line for each line that is read.
+    """
 
     fmt: PackedFormat
     address: Any
+    later: Any
     qs: list[Any]
     starts: list[Any]
     scales: list[Any]
 
 
 def make_packed_dot(fmt: PackedFormat, tokens: int) -> Any:
-    """Intrinsic: 16 rows times `tokens` tokens, whole rows at once.
+    """Intrinsic: some tiles of 16 rows times `tokens` tokens, whole rows at once.
 
-    dot(tile, following, records, scales, scale_stride, blocks, result, stride): addresses of a tile of `blocks` blocks
-    and of the tile that will be read after it, of each token's record and first scale (the next ones are
-    `scale_stride` bytes apart), and of the first token's 16 float32 results; the others' follow, `stride` bytes apart.
+    dot(tiles, records, scales, scale_stride, blocks, out): addresses of a Tiles table (packed_rows.py) of tiles of
+    `blocks` blocks, of each token's record and first scale (the next ones are `scale_stride` bytes apart), and of
+    float32 [tokens, 128] results.
     """
 
     @intrinsic
-    def dot(typingctx, tile, following, records, scales, scale_stride, blocks, result, stride):  # type: ignore[no-untyped-def]
+    def dot(typingctx, tiles, records, scales, scale_stride, blocks, out):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            tile, following, records, scales, *rest = args
+            tiles, records, scales, *rest = args
             addresses = [builder.extract_value(value, t) for value in (records, scales) for t in range(tokens)]
-            builder.call(_dot_function(builder.module, fmt, tokens), [tile, following, *addresses, *rest])
+            builder.call(_dot_function(builder.module, fmt, tokens), [tiles, *addresses, *rest])
             return context.get_dummy_value()
 
         many = types.UniTuple(types.int64, tokens)
-        return types.void(types.int64, types.int64, many, many, *(types.int64,) * 4), codegen
+        return types.void(types.int64, many, many, *(types.int64,) * 3), codegen
 
     return dot
 
 
 def _dot_function(module: Any, fmt: PackedFormat, tokens: int) -> Any:
     """The code as a function that is never inlined: it is long, and copies of it would take seconds to compile."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * (2 * tokens + 6))
+    kind = ir.FunctionType(ir.VoidType(), [I64] * (2 * tokens + 4))
     function = cgutils.get_or_insert_function(module, kind, f"dsr1.packed_dot.{fmt.name}.{tokens}")
     if function.is_declaration:
         function.linkage = "linkonce_odr"
         function.attributes.add("noinline")
-        tile, following, *addresses, scale_stride, blocks, result, stride = function.args
+        tiles, *addresses, scale_stride, blocks, out = function.args
         builder = ir.IRBuilder(function.append_basic_block("entry"))
-        tokens_at = addresses[:tokens], addresses[tokens:], scale_stride
-        sums = _emit_dot(builder, fmt, (tile, following), tokens_at, blocks)
-        for t, total in enumerate(sums):
-            target = builder.add(result, builder.mul(stride, i64(t)))
-            builder.store(total, builder.inttoptr(target, POINTER)).align = 4
+        inputs = _Inputs(addresses[:tokens], addresses[tokens:], scale_stride, blocks)
+        for row in range(tokens):
+            for slot in range(SLOTS):
+                _store_sums(builder, out, row, slot, splat_float(0.0))
+        _loop(
+            builder,
+            blocks,
+            lambda at: _loop(builder, i64(SLOTS), lambda slot: _tile(builder, fmt, tiles, slot, at, inputs, out)),
+        )
         builder.ret_void()
     return function
 
 
-def _emit_dot(builder: Any, fmt: PackedFormat, tiles: Any, tokens_at: Any, blocks: Any) -> list[Any]:
-    """Each token's 16 sums over all blocks."""
-    (tile, following), (records, scales, scale_stride) = tiles, tokens_at
-    entry = builder.block
-    head, body, end = (builder.append_basic_block(name) for name in ("head", "body", "end"))
-    starts_at = [builder.add(record, builder.mul(blocks, i64(BLOCK_K))) for record in records]
-    builder.branch(head)
-    builder.position_at_end(head)
-    at, sums = builder.phi(I64), [builder.phi(VF) for _ in records]
-    builder.cbranch(builder.icmp_signed("<", at, blocks), body, end)
-
-    builder.position_at_end(body)
-    _prefetch_ahead(builder, fmt, at, blocks, tiles)
-    block = _Block(
-        fmt,
-        builder.add(tile, builder.mul(at, i64(fmt.block_bytes))),
-        [builder.add(record, builder.mul(at, i64(BLOCK_K))) for record in records],
-        [builder.add(start, builder.mul(at, i64(4 * STARTS))) for start in starts_at],
-        [builder.add(scale, builder.mul(at, scale_stride)) for scale in scales],
-    )
-    later_sums = _emit_block(builder, block, sums)
-    firsts, laters = [i64(0), *[splat_float(0.0)] * len(sums)], [builder.add(at, i64(1)), *later_sums]
-    for phi, first, later in zip([at, *sums], firsts, laters, strict=True):
-        phi.add_incoming(first, entry)
-        phi.add_incoming(later, builder.block)
-    builder.branch(head)
-
+def _loop(builder: Any, count: Any, body: Callable[[Any], None]) -> None:
+    """body(0), body(1), ... below `count`, which is at least 1."""
+    entry, loop, end = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("end")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    at = builder.phi(I64)
+    body(at)
+    following = builder.add(at, i64(1))
+    at.add_incoming(i64(0), entry)
+    at.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
     builder.position_at_end(end)
-    return sums
 
 
-def _prefetch_ahead(builder: Any, fmt: PackedFormat, at: Any, blocks: Any, tiles: Any) -> None:
-    """Prefetch the block that comes some blocks after block `at`: of this tile, or of the following one."""
-    tile, following = tiles
-    later = builder.add(at, i64(AHEAD[fmt.name]))
-    is_here = builder.icmp_signed("<", later, blocks)
-    start = builder.select(is_here, tile, following)
-    number = builder.select(is_here, later, builder.sub(later, blocks))
-    block = builder.add(start, builder.mul(number, i64(fmt.block_bytes)))
-    for offset in range(0, fmt.block_bytes, LINE):
-        prefetch(builder, builder.add(block, i64(offset)))
+def _tile(builder: Any, fmt: PackedFormat, tiles: Any, slot: Any, at: Any, inputs: _Inputs, out: Any) -> None:
+    """Add block `at` of the tile in a slot to its sums; nothing if there is none."""
+    entry = builder.add(tiles, builder.mul(slot, i64(8)))
+    tile = _load(builder, entry, 0, I64)
+    with builder.if_then(builder.icmp_signed("!=", tile, i64(0))):
+        later = builder.add(at, i64(AHEAD))
+        is_here = builder.icmp_signed("<", later, inputs.blocks)
+        start = builder.select(is_here, tile, _load(builder, entry, 8 * SLOTS, I64))
+        number = builder.select(is_here, later, builder.sub(later, inputs.blocks))
+        block = _Block(
+            fmt,
+            builder.add(tile, builder.mul(at, i64(fmt.block_bytes))),
+            builder.add(start, builder.mul(number, i64(fmt.block_bytes))),
+            [builder.add(record, builder.mul(at, i64(BLOCK_K))) for record in inputs.records],
+            [_starts(builder, record, at, inputs.blocks) for record in inputs.records],
+            [builder.add(scale, builder.mul(at, inputs.scale_stride)) for scale in inputs.scales],
+        )
+        column = builder.add(out, builder.mul(slot, i64(LINE)))
+        sums = [_load(builder, column, row * ROW_BYTES, VF) for row in range(len(inputs.records))]
+        for row, total in enumerate(_emit_block(builder, block, sums)):
+            _store_sums(builder, column, row, 0, total)
+
+
+def _starts(builder: Any, record: Any, at: Any, blocks: Any) -> Any:
+    """Where the sums of a block's groups start, in a token's record."""
+    number = builder.add(builder.mul(blocks, i64(BLOCK_K)), builder.mul(at, i64(4 * STARTS)))
+    return builder.add(record, number)
+
+
+def _store_sums(builder: Any, out: Any, row: int, slot: int, sums: Any) -> None:
+    address = builder.add(out, i64(row * ROW_BYTES + slot * LINE))
+    builder.store(sums, builder.inttoptr(address, POINTER)).align = 4
 
 
 def _emit_block(builder: Any, block: _Block, sums: list[Any]) -> list[Any]:
     """Each token's 16 sums after one more block."""
+    for offset in range(0, block.fmt.header_bytes, LINE):
+        prefetch(builder, builder.add(block.later, i64(offset)))
     d = builder.bitcast(builder.and_(_load(builder, block.address, 0, VI), splat_bits(SCALE_BITS)), VF)
     after = []
     for scale, integers, total in zip(block.scales, _block_sums(builder, block), sums, strict=True):
@@ -176,6 +199,9 @@ def _group_sums(builder: Any, block: _Block, group: int) -> list[Any]:
     chains = [[splat(builder, _load(builder, at, 4 * group, I32), VI), splat_bits(0)] for at in block.starts]
     each = block.fmt.group // 4
     for number in range(group * each, (group + 1) * each):
+        if number * block.fmt.bits % 8 == 0:
+            line = block.fmt.header_bytes + LINE * number * block.fmt.bits // 8
+            prefetch(builder, builder.add(block.later, i64(line)))
         weights = unsigned_quad(builder, block.fmt, block.address, number)
         for q, sums in zip(block.qs, chains, strict=True):
             four = splat(builder, _load(builder, q, 4 * number, I32), VI)
@@ -318,24 +344,22 @@ def block_bytes(code):  # type: ignore[no-untyped-def]
 
 
 @inner
-def packed_tile(code, tiles, tokens, records, scales, scale_stride, blocks, result, stride):  # type: ignore[no-untyped-def]
-    """float32 [16] for each of up to 4 `tokens`, `stride` bytes apart from `result` on.
+def dot_tiles(code, tiles, tokens, records, scales, scale_stride, blocks, out):  # type: ignore[no-untyped-def]
+    """float32 [tokens, 128] at `out` for up to 4 tokens times the tiles of a table (make_packed_dot).
 
-    tiles: addresses of a tile and of the one that will be read after it. With 2 or 3 tokens, there are 4 results, of
-    which those beyond `tokens` mean nothing.
+    With 2 or 3 tokens there are 4 results, of which those beyond `tokens` mean nothing.
     """
-    tile, following = tiles
     if tokens == 1:
         one, its_scale = (records[0],), (scales[0],)
         if code == FAST_CODE:
-            _fast(tile, following, one, its_scale, scale_stride, blocks, result, stride)
+            _fast(tiles, one, its_scale, scale_stride, blocks, out)
         elif code == ACCURATE_CODE:
-            _accurate(tile, following, one, its_scale, scale_stride, blocks, result, stride)
+            _accurate(tiles, one, its_scale, scale_stride, blocks, out)
         else:
-            _q8(tile, following, one, its_scale, scale_stride, blocks, result, stride)
+            _q8(tiles, one, its_scale, scale_stride, blocks, out)
     elif code == FAST_CODE:
-        _fast_many(tile, following, records, scales, scale_stride, blocks, result, stride)
+        _fast_many(tiles, records, scales, scale_stride, blocks, out)
     elif code == ACCURATE_CODE:
-        _accurate_many(tile, following, records, scales, scale_stride, blocks, result, stride)
+        _accurate_many(tiles, records, scales, scale_stride, blocks, out)
     else:
-        _q8_many(tile, following, records, scales, scale_stride, blocks, result, stride)
+        _q8_many(tiles, records, scales, scale_stride, blocks, out)

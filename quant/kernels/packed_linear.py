@@ -5,18 +5,19 @@ from typing import NamedTuple
 from quant.kernels.activations import input_bytes, inputs_at, k_blocks, quantise
 from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner, shared
-from quant.kernels.packed_rows import Rows, multiply_rows, tile_address
-from quant.kernels.packed_tiles import PAIR_ROWS, SCRATCH_BYTES, TOKENS
+from quant.kernels.packed_dot import SLOTS
+from quant.kernels.packed_rows import RESULTS, TABLE_BYTES, Rows, multiply_rows, set_tiles, tile_bytes
+from quant.kernels.packed_tiles import SCRATCH_BYTES, TOKENS
 from quant.kernels.team import Team, barrier, take
 from quant.kernels.tile_unit import use_tile_unit
 from quant.kernels.tiles import floats, share
 from quant.packed import BLOCK_K, TILE_ROWS
 
-PAIRS_EACH = 8  # shares of the pairs of tiles that each thread takes, so that all are done at about the same time
+UNITS_EACH = 4  # units of up to 8 tiles that each thread gets, if there are enough
 
 
 class Product(NamedTuple):
-    """Addresses and sizes of one call. x, out: float32 [tokens, k] and [tokens, n]. granted: whether tiles may be used."""
+    """Addresses and sizes of one call. x, out: float32 [tokens, k], [tokens, n]. granted: whether tiles may be used."""
 
     x: int
     data: int
@@ -40,8 +41,8 @@ def padded_rows(tokens: int) -> int:
 
 @shared
 def part_bytes(tokens: int) -> int:
-    """Scratch of one thread: results of a pair of tiles, and what tiles need."""
-    return padded_rows(tokens) * PAIR_ROWS * 4 + SCRATCH_BYTES
+    """Scratch of one thread: results of a unit, its table of tiles, and what tiles need."""
+    return padded_rows(tokens) * RESULTS * 4 + TABLE_BYTES + SCRATCH_BYTES
 
 
 @shared
@@ -62,41 +63,37 @@ def _quantise(product, inputs, team):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _store(product, tile, results):  # type: ignore[no-untyped-def]
-    """out[:, 16 tile : 16 tile + 32] from float32 [tokens, 32] at `results`."""
-    first = tile * TILE_ROWS
-    values = floats(results, (product.tokens, PAIR_ROWS))
+def _store(product, tile, end, results):  # type: ignore[no-untyped-def]
+    """out[:, 16 tile : 16 end] from float32 [tokens, 128] at `results`."""
+    first, count = tile * TILE_ROWS, min(end * TILE_ROWS, product.n) - tile * TILE_ROWS
     for t in range(product.tokens):
-        target = floats(product.out + (t * product.n + first) * 4, (PAIR_ROWS,))
-        for r in range(min(PAIR_ROWS, product.n - first)):
-            target[r] = values[t, r]
+        values = floats(results + t * RESULTS * 4, (count,))
+        floats(product.out + (t * product.n + first) * 4, (count,))[:] = values
+
+
+@shared
+def unit_tiles(tiles: int, units: int) -> int:
+    """Tiles of a unit: 2 to 8, so that there are at least `units` of them if that is possible."""
+    return max(2, min(SLOTS, tiles // units // 2 * 2))
 
 
 @inner
 def _multiply(product, inputs, team):  # type: ignore[no-untyped-def]
-    """Pairs of tiles, some neighbours at a time, as long as there are any."""
-    blocks = k_blocks(product.k)
-    tiles = (product.n + TILE_ROWS - 1) // TILE_ROWS
-    pairs = (tiles + 1) // 2
-    each = max(1, pairs // (PAIRS_EACH * team.parts))
+    """Units of tiles, as long as there are any."""
+    tiles, size = (product.n + TILE_ROWS - 1) // TILE_ROWS, tile_bytes(inputs)
+    each = unit_tiles(tiles, UNITS_EACH * team.parts)
     results = product.scratch + scratch_bytes(product.tokens, product.k, team.part)
-    first = take(team, 0, each)
-    while first < pairs:
-        following = take(team, 0, each)
-        for number in range(first, min(first + each, pairs)):
-            later = number + 1 if number + 1 < first + each else following
-            tile, then = 2 * number, 2 * (later if later < pairs else number)
-            pair = (
-                tile_address(product.data, tile, blocks, product.code),
-                tile_address(product.data, min(tile + 1, tiles - 1), blocks, product.code),
-                tile_address(product.data, then, blocks, product.code),
-                tile_address(product.data, min(then + 1, tiles - 1), blocks, product.code),
-            )
-            rows = Rows(0, product.tokens, 0, 1)
-            scratch = results + padded_rows(product.tokens) * PAIR_ROWS * 4
-            multiply_rows(inputs, rows, pair, product.granted, results, scratch)
-            _store(product, tile, results)
-        first = following
+    table = results + padded_rows(product.tokens) * RESULTS * 4
+    unit = take(team, 0, 1)
+    while unit * each < tiles:
+        following = take(team, 0, 1)
+        first, end = unit * each, min(tiles, (unit + 1) * each)
+        then = following * each if following * each < tiles else first
+        set_tiles(table, 0, product.data, first, end, product.data + then * size, size)
+        set_tiles(table, 4, product.data, first + 4, end, product.data + (then + 4) * size, size)
+        multiply_rows(inputs, Rows(0, product.tokens, 0, 1), table, product.granted, results, table + TABLE_BYTES)
+        _store(product, first, end, results)
+        unit = following
 
 
 def _packed_linear(arguments, part, parts, sync):  # type: ignore[no-untyped-def]

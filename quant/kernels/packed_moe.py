@@ -21,9 +21,9 @@ from quant.kernels.activations import (
 )
 from quant.kernels.atomics import add_word, arguments_of
 from quant.kernels.jit import Kernel, inner, shared
-from quant.kernels.packed_linear import padded_rows
-from quant.kernels.packed_rows import Rows, multiply_rows, tile_address
-from quant.kernels.packed_tiles import PAIR_ROWS, SCRATCH_BYTES, TOKENS, uses_tiles
+from quant.kernels.packed_linear import padded_rows, unit_tiles
+from quant.kernels.packed_rows import HALF, RESULTS, TABLE_BYTES, Rows, multiply_rows, set_tiles, tile_bytes
+from quant.kernels.packed_tiles import SCRATCH_BYTES, TOKENS, uses_tiles
 from quant.kernels.routing import (
     PACKED_FIELDS,
     PackedLayer,
@@ -41,9 +41,8 @@ from quant.packed import BLOCK_K, TILE_ROWS
 
 TABLE_COLUMNS = 3  # addresses of w1, w3, w2
 BLOCK_TILES = BLOCK_K // TILE_ROWS  # tiles of w1 and of w3 that give one block of hidden
-FEW_PAIRS = 64  # up to here a unit of step 2 is one tile of w1 and w3, beyond a block's 8 tiles
-MOST_COLUMN_TILES = 16  # of a unit in step 3
-COLUMN_UNITS = 24  # of them that each thread gets, if there are enough columns
+FEW_PAIRS = 64  # up to here a unit of step 2 is four tiles of w1 and w3, beyond a block's 8
+COLUMN_UNITS = 8  # units of step 3 that each thread gets, if there are enough columns
 GATE_UP, DOWN = 0, 1  # counters of the team, two for each node
 MOST_NODES = COUNTER_COUNT // 2
 
@@ -56,8 +55,8 @@ def lines(nbytes: int) -> int:
 
 @shared
 def part_bytes(tokens: int) -> int:
-    """Scratch of one thread: results of a pair of tiles, a block of hidden values, and what tiles need."""
-    return padded_rows(tokens) * (PAIR_ROWS + BLOCK_K) * 4 + SCRATCH_BYTES
+    """Scratch of one thread: results of 8 tiles, a block of hidden values, a table of tiles, and what tiles need."""
+    return padded_rows(tokens) * (RESULTS + BLOCK_K) * 4 + TABLE_BYTES + SCRATCH_BYTES
 
 
 @shared
@@ -182,31 +181,39 @@ def _gate_up_inputs(layer):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _gate_up_tile(layer, team, pair, rows, tile, place):  # type: ignore[no-untyped-def]
-    """hidden[:, 16 tile : 16 tile + 16] of one expert's pairs. place: address and bytes from row to row."""
-    results = _own(layer, team)
-    scratch = results + padded_rows(layer.tokens) * (PAIR_ROWS + BLOCK_K) * 4
-    multiply_rows(_gate_up_inputs(layer), rows, pair, layer.granted, results, scratch)
-    count = min(TILE_ROWS, layer.inter - tile * TILE_ROWS)
-    for row in range(rows.count):
-        gates = floats(results + row * PAIR_ROWS * 4, (TILE_ROWS,))
-        silu_times(gates, floats(results + (row * PAIR_ROWS + TILE_ROWS) * 4, (TILE_ROWS,)))
-        floats(place[0] + row * place[1], (count,))[:] = gates[:count]
+def _tile_table(layer, team):  # type: ignore[no-untyped-def]
+    """A thread's table of tiles; behind it is what tiles need."""
+    return _own(layer, team) + padded_rows(layer.tokens) * (RESULTS + BLOCK_K) * 4
+
+
+@inner
+def _gate_up_tiles(layer, team, rows, tile, place):  # type: ignore[no-untyped-def]
+    """hidden[:, 16 tile : 16 tile + 64] of one expert's pairs, from the tiles of w1 and w3 in the thread's table.
+
+    place: address of the first row's values, and bytes from row to row.
+    """
+    results, table = _own(layer, team), _tile_table(layer, team)
+    multiply_rows(_gate_up_inputs(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
+    count = min(HALF * TILE_ROWS, layer.inter - tile * TILE_ROWS)
+    for row in range(rows.size):
+        gates = floats(results + row * RESULTS * 4, (count,))
+        silu_times(gates, floats(results + (row * RESULTS + HALF * TILE_ROWS) * 4, (count,)))
+        floats(place[0] + row * place[1], (count,))[:] = gates
 
 
 @inner
 def _quantise_hidden(layer, rows, block, place):  # type: ignore[no-untyped-def]
     hidden = _hidden(layer)
-    for row in range(rows.count):
+    for row in range(rows.size):
         quantise(hidden, rows.first + row, block, place[0] + row * place[1], layer.inter - block * BLOCK_K)
 
 
 @inner
-def _count_tile(layer, rows, block, tiles):  # type: ignore[no-untyped-def]
-    """Whether this was the last of the `tiles` tiles of an expert's block of hidden."""
+def _count_unit(layer, rows, block, units):  # type: ignore[no-untyped-def]
+    """Whether this was the last of the `units` units of an expert's block of hidden."""
     pairs, blocks = few(layer.tokens, layer.top_k), k_blocks(layer.inter)
     counts = _kept(layer) + pairs * blocks * BLOCK_K * 4
-    return add_word(counts + (rows.first * blocks + block) * 4, 1) == tiles - 1
+    return add_word(counts + (rows.first * blocks + block) * 4, 1) == units - 1
 
 
 @inner
@@ -215,21 +222,16 @@ def _hidden_place(layer, team, rows, block):  # type: ignore[no-untyped-def]
     if _is_few(layer):
         stride = k_blocks(layer.inter) * BLOCK_K * 4
         return _kept(layer) + rows.first * stride + block * BLOCK_K * 4, stride
-    return _own(layer, team) + padded_rows(layer.tokens) * PAIR_ROWS * 4, BLOCK_K * 4
-
-
-@inner
-def _unit_tiles(layer, node):  # type: ignore[no-untyped-def]
-    """The tiles of w1 and w3 that a node has, first and end, and how many a unit of step 2 takes."""
-    tiles = (layer.inter + TILE_ROWS - 1) // TILE_ROWS
-    first, end = share(k_blocks(layer.inter), node, layer.nodes)
-    return first * BLOCK_TILES, min(end * BLOCK_TILES, tiles), 1 if _is_few(layer) else BLOCK_TILES
+    return _own(layer, team) + padded_rows(layer.tokens) * RESULTS * 4, BLOCK_K * 4
 
 
 @inner
 def _unit(layer, node, number):  # type: ignore[no-untyped-def]
-    """Unit `number` of step 2 on a node: expert, first tile, end; expert -1 beyond the last."""
-    first, end, each = _unit_tiles(layer, node)
+    """Unit `number` of step 2 on a node: expert, first tile of w1 and w3, end; expert -1 beyond the last."""
+    tiles = (layer.inter + TILE_ROWS - 1) // TILE_ROWS
+    first_block, end_block = share(k_blocks(layer.inter), node, layer.nodes)
+    first, end = first_block * BLOCK_TILES, min(end_block * BLOCK_TILES, tiles)
+    each = HALF if _is_few(layer) else BLOCK_TILES
     units = (end - first + each - 1) // each
     count, experts = active_experts(layer)
     if units == 0 or number >= count * units:
@@ -239,17 +241,14 @@ def _unit(layer, node, number):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _gate_up_pair(layer, node, unit, then):  # type: ignore[no-untyped-def]
-    """Addresses of a tile of w1 and of w3, and of those that come next. unit, then: expert and tile."""
-    table = integers(layer.table, (layer.nodes * layer.experts, TABLE_COLUMNS))
-    blocks = k_blocks(layer.dim)
+def _set_gate_up(layer, team, node, unit, then):  # type: ignore[no-untyped-def]
+    """Four tiles of w1 and of w3 into the thread's table. unit, then: expert, first tile, end."""
+    addresses = integers(layer.table, (layer.nodes * layer.experts, TABLE_COLUMNS))
     row, later = node * layer.experts + unit[0], node * layer.experts + then[0]
-    return (
-        tile_address(table[row, 0], unit[1], blocks, layer.code),
-        tile_address(table[row, 1], unit[1], blocks, layer.code),
-        tile_address(table[later, 0], then[1], blocks, layer.code),
-        tile_address(table[later, 1], then[1], blocks, layer.code),
-    )
+    table, size = _tile_table(layer, team), tile_bytes(_gate_up_inputs(layer))
+    for matrix in range(2):
+        following = addresses[later, matrix] + then[1] * size
+        set_tiles(table, matrix * HALF, addresses[row, matrix], unit[1], unit[2], following, size)
 
 
 @inner
@@ -260,16 +259,14 @@ def _gate_up_unit(layer, team, node, unit, following):  # type: ignore[no-untype
     rows = _gate_up_rows(layer, starts[expert], starts[expert + 1])
     block = first // BLOCK_TILES
     place = _hidden_place(layer, team, rows, block)
-    for tile in range(first, end):
-        then = (expert, tile + 1) if tile + 1 < end or following[0] < 0 else (following[0], following[1])
-        if tile + 1 >= end and following[0] < 0:
-            then = (expert, tile)
-        pair = _gate_up_pair(layer, node, (expert, tile), then)
+    for tile in range(first, end, HALF):
+        then = (expert, tile + HALF, end) if tile + HALF < end else following
+        _set_gate_up(layer, team, node, (expert, tile, end), then if then[0] >= 0 else unit)
         column = (tile - block * BLOCK_TILES) * TILE_ROWS * 4
-        _gate_up_tile(layer, team, pair, rows, tile, (place[0] + column, place[1]))
+        _gate_up_tiles(layer, team, rows, tile, (place[0] + column, place[1]))
     if _is_few(layer):
         tiles = min(BLOCK_TILES, (layer.inter + TILE_ROWS - 1) // TILE_ROWS - block * BLOCK_TILES)
-        if not _count_tile(layer, rows, block, tiles):
+        if not _count_unit(layer, rows, block, (tiles + HALF - 1) // HALF):
             return
     _quantise_hidden(layer, rows, block, place)
 
@@ -285,58 +282,42 @@ def _gate_up(layer, team, node):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _add_down(layer, results, start, count, tile):  # type: ignore[no-untyped-def]
-    """out[token, 16 tile : 16 tile + 32] += weight * results, for `count` sorted pairs from `start` on."""
+def _add_down(layer, results, start, count, columns):  # type: ignore[no-untyped-def]
+    """out[token, columns] += weight * results, for `count` sorted pairs from `start` on. columns: first and end."""
     _, by_expert = sorted_pairs(layer)
     weights = floats(layer.weights, (layer.tokens * layer.top_k,))
-    columns = min(PAIR_ROWS, layer.dim - tile * TILE_ROWS)
+    width = columns[1] - columns[0]
     for row in range(count):
         pair = by_expert[start + row]
-        values = floats(results + row * PAIR_ROWS * 4, (PAIR_ROWS,))
-        out = floats(layer.out + (pair // layer.top_k * layer.dim + tile * TILE_ROWS) * 4, (PAIR_ROWS,))
+        values = floats(results + row * RESULTS * 4, (width,))
+        out = floats(layer.out + (pair // layer.top_k * layer.dim + columns[0]) * 4, (width,))
         weight = weights[pair]
-        if columns == PAIR_ROWS:
-            for column in range(PAIR_ROWS):
-                out[column] += weight * values[column]
-        else:
-            for column in range(columns):
-                out[column] += weight * values[column]
+        for column in range(width):
+            out[column] += weight * values[column]
 
 
 @inner
 def _column_unit(layer, team, node, number):  # type: ignore[no-untyped-def]
     """Unit `number` of step 3 on a node: its first tile of w2 and the end; empty beyond the last."""
     first, end = share((layer.dim + TILE_ROWS - 1) // TILE_ROWS, node, layer.nodes)
-    each = max(2, min(MOST_COLUMN_TILES, (end - first) * layer.nodes // (COLUMN_UNITS * team.parts)) // 2 * 2)
+    each = unit_tiles((end - first) * layer.nodes, COLUMN_UNITS * team.parts)
     return min(first + number * each, end), min(first + (number + 1) * each, end)
 
 
 @inner
-def _down_pair(layer, node, unit, then):  # type: ignore[no-untyped-def]
-    """Addresses of two tiles of w2, and of those that come next. unit, then: expert, first tile, end."""
-    table = integers(layer.table, (layer.nodes * layer.experts, TABLE_COLUMNS))
-    blocks = k_blocks(layer.inter)
-    here, later = table[node * layer.experts + unit[0], 2], table[node * layer.experts + then[0], 2]
-    return (
-        tile_address(here, unit[1], blocks, layer.code),
-        tile_address(here, min(unit[1] + 1, unit[2] - 1), blocks, layer.code),
-        tile_address(later, then[1], blocks, layer.code),
-        tile_address(later, min(then[1] + 1, then[2] - 1), blocks, layer.code),
-    )
-
-
-@inner
 def _down_expert(layer, team, node, expert, unit, then):  # type: ignore[no-untyped-def]
-    """One expert's part of a unit of columns. then: expert, first tile and end of what is read after it."""
-    results = _own(layer, team)
-    scratch = results + padded_rows(layer.tokens) * (PAIR_ROWS + BLOCK_K) * 4
+    """One expert's part of a unit of columns. then: expert and first tile of what is read after it."""
+    addresses = integers(layer.table, (layer.nodes * layer.experts, TABLE_COLUMNS))
+    results, table, size = _own(layer, team), _tile_table(layer, team), tile_bytes(_hidden(layer))
+    matrix = addresses[node * layer.experts + expert, 2]
+    following = addresses[node * layer.experts + then[0], 2] + then[1] * size
+    for half in range(2):
+        set_tiles(table, half * HALF, matrix, unit[0] + half * HALF, unit[1], following + half * HALF * size, size)
     starts, _ = sorted_pairs(layer)
-    start, count = starts[expert], starts[expert + 1] - starts[expert]
-    for tile in range(unit[0], unit[1], 2):
-        later = (expert, tile + 2, unit[1]) if tile + 2 < unit[1] else then
-        pair = _down_pair(layer, node, (expert, tile, unit[1]), later)
-        multiply_rows(_hidden(layer), Rows(start, count, 0, 1), pair, layer.granted, results, scratch)
-        _add_down(layer, results, start, count, tile)
+    rows = Rows(starts[expert], starts[expert + 1] - starts[expert], 0, 1)
+    multiply_rows(_hidden(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
+    columns = unit[0] * TILE_ROWS, min(unit[1] * TILE_ROWS, layer.dim)
+    _add_down(layer, results, rows.first, rows.size, columns)
 
 
 @inner
@@ -348,11 +329,11 @@ def _down_unit(layer, team, node, unit, following):  # type: ignore[no-untyped-d
     for number in range(count):
         expert = experts[number]
         if number + 1 < count:
-            then = (experts[number + 1], unit[0], unit[1])
+            then = (experts[number + 1], unit[0])
         elif following[0] < following[1]:
-            then = (experts[0], following[0], following[1])
+            then = (experts[0], following[0])
         else:
-            then = (expert, unit[0], unit[1])
+            then = (expert, unit[0])
         _down_expert(layer, team, node, expert, unit, then)
 
 

@@ -5,7 +5,7 @@ operand, and multiplied with up to 32 tokens at a time. `accurate` has products 
 256 * high + low. The block's sums are those of packed_dot.py, exactly, and so is what follows: one product with
 the scales, in order of k. So it does not matter which of the two ways a token takes.
 
-Four steps, a function each: unpack, multiply (to int32 [tokens, 32]), then scale and add up (to float32 [tokens, 32]).
+Four steps, a function each: unpack, multiply (to int32 [tokens, 32]), then scale and add up (to float32 [tokens, 128]).
 The next block is unpacked, and the last one scaled, while the tile unit multiplies.
 """
 
@@ -17,6 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quant.isa import x86_has
 from quant.kernels.activations import record_bytes, record_of, scale_of
 from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner, shared
@@ -24,18 +25,17 @@ from quant.kernels.packed_dot import (
     BYTES,
     SCALE_BITS,
     SHORTS,
+    SLOTS,
     block_bytes,
     code_quad,
     group_integers,
     look_up,
     prefetch,
-    x86_has,
 )
-from quant.kernels.tiles import floats
+from quant.kernels.tiles import floats, integers
 from quant.kernels.vector import (
     F32,
     I8,
-    I32,
     I64,
     POINTER,
     VF,
@@ -54,7 +54,7 @@ TOKENS = 32  # at a time
 TILE_K = 64  # columns of a tile
 TILE_BYTES = TILE_ROWS * TILE_K
 UNPACKED = 2 * (BLOCK_K // TILE_K) * TILE_BYTES  # of a block: high and low bytes
-AHEAD = 3  # blocks between an unpacked one and its prefetch
+AHEAD = 1  # blocks between an unpacked one and its prefetch
 # Scratch: two blocks of each of two tiles, and the sums of two blocks.
 SUMS_BYTES = TOKENS * PAIR_ROWS * 4
 SUMS = 4 * UNPACKED
@@ -231,15 +231,15 @@ _WRITERS = {"fast": _write_fast, "accurate": _write_accurate, "q8": _write_q8}
 
 
 def _emit_scale(builder: Any, count: Any, sums: Any, block_scales: tuple[Any, Any], x_scale: Any, out: Any) -> None:
-    """out float32 [count, 32] += sums, times d and the token's scale. One header address: sums are 256 * high + low."""
+    """out float32 [count, 128] += sums times d and the token's scale. With one header, sums are 256 * high + low."""
     first, second = block_scales
     ds = [_scales_of(builder, header) for header in ((first,) if second is None else (first, second))]
     entry, loop, end = builder.block, builder.append_basic_block("token"), builder.append_basic_block("end")
     builder.branch(loop)
     builder.position_at_end(loop)
     at = builder.phi(I64)
-    row = builder.mul(at, i64(PAIR_ROWS * 4))
-    line, place = builder.add(sums, row), builder.add(out, row)
+    line = builder.add(sums, builder.mul(at, i64(PAIR_ROWS * 4)))
+    place = builder.add(out, builder.mul(at, i64(SLOTS * LINE)))
     scale = builder.load(builder.inttoptr(builder.add(x_scale, builder.mul(at, i64(4))), POINTER), typ=F32)
     scale = splat(builder, scale, VF)
     integers = [builder.load(_at(builder, line, LINE * half), typ=VI, align=LINE) for half in (0, 1)]
@@ -290,12 +290,16 @@ def _unpack(code, block, later, target):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _unpack_pair(code, pair, number, blocks, target):  # type: ignore[no-untyped-def]
-    """Block `number` of both tiles of a pair. pair: addresses of the tiles, and of the two that come next."""
-    size, later = block_bytes(code), number + AHEAD
+def _unpack_pair(code, table, step, pairs, blocks, target):  # type: ignore[no-untyped-def]
+    """Both tiles of a pair of slots, the block of a step: steps go through all pairs, block by block."""
+    slots, size = integers(table, (2 * SLOTS,)), block_bytes(code)
+    block, pair = step // pairs, step % pairs
     for tile in range(2):
-        start = pair[tile] + later * size if later < blocks else pair[2 + tile] + (later - blocks) * size
-        _unpack(code, pair[tile] + number * size, start, target + tile * UNPACKED)
+        slot = 2 * pair + tile
+        if slots[slot] != 0:
+            later = block + AHEAD
+            start = slots[slot] + later * size if later < blocks else slots[SLOTS + slot] + (later - blocks) * size
+            _unpack(code, slots[slot] + block * size, start, target + tile * UNPACKED)
 
 
 @inner
@@ -313,44 +317,63 @@ def _multiply(code, a, stride, count, unpacked, sums):  # type: ignore[no-untype
 
 
 @inner
-def _scale(code, count, sums, pair, half, offset, x_scale, out):  # type: ignore[no-untyped-def]
-    """offset: of the block in its tile, in bytes."""
+def _scale(code, work, sums):  # type: ignore[no-untyped-def]
+    """work: tokens, headers of the two blocks (or of the one), first scale, first result."""
+    count, first, second, x_scale, out = work
     if code == ACCURATE_CODE:
-        _scale_joined((count, sums, pair[half] + offset, x_scale, out + half * LINE))
+        _scale_joined((count, sums, first, x_scale, out))
     else:
-        _scale_two((count, sums, pair[0] + offset, pair[1] + offset, x_scale, out))
+        _scale_two((count, sums, first, second, x_scale, out))
 
 
 @inner
-def multiply_pair(inputs, pair, first, count, blocks, out, scratch):  # type: ignore[no-untyped-def]
-    """out float32 [count, 32] = rows `first` on of `inputs` times the 2 x 16 rows of a pair of tiles.
+def _pairs_of(table):  # type: ignore[no-untyped-def]
+    """Pairs of slots up to the last tile."""
+    slots = integers(table, (2 * SLOTS,))
+    last = SLOTS - 1
+    while last > 0 and slots[last] == 0:
+        last -= 1
+    return last // 2 + 1
 
-    pair: addresses of the two tiles, of `blocks` blocks each, and of the two that come next. Rows of inputs up to the
-    next multiple of 32 are read. scratch, out: at cache lines.
+
+@inner
+def multiply_tiles(inputs, table, first, count, blocks, out, scratch):  # type: ignore[no-untyped-def]
+    """out float32 [count, 128] = rows `first` on of `inputs` times the tiles of a table (packed_rows.py).
+
+    Rows of inputs up to the next multiple of 32 are read. scratch, out: at cache lines.
     """
     code, size, stride = inputs.code, block_bytes(inputs.code), record_bytes(inputs.k)
-    halves = 2 if code == ACCURATE_CODE else 1
-    floats(out, (count * PAIR_ROWS,))[:] = 0
-    _unpack_pair(code, pair, 0, blocks, scratch)
-    step = 0
-    last = (0, 0, 0, 0, 0)  # tokens, half, block's offset, first scale, first result of what is not scaled yet
-    for block in range(blocks):
-        unpacked = scratch + block % 2 * 2 * UNPACKED
+    halves, pairs = 2 if code == ACCURATE_CODE else 1, _pairs_of(table)
+    slots, steps = integers(table, (2 * SLOTS,)), blocks * pairs
+    floats(out, (count * SLOTS * TILE_ROWS,))[:] = 0
+    _unpack_pair(code, table, 0, pairs, blocks, scratch)
+    number, unpacked_steps = 0, 1
+    waiting = (0, 0, 0, 0, 0)  # what is multiplied and not yet scaled
+    for step in range(steps):
+        block, pair = step // pairs, step % pairs
+        unpacked = scratch + step % 2 * 2 * UNPACKED
         for token in range(0, count, TOKENS):
-            tokens = min(TOKENS, count - token)
-            a = record_of(inputs, first + token) + block * BLOCK_K
-            x_scale = scale_of(inputs, first + token) + block * inputs.rows * 4
+            tokens, row = min(TOKENS, count - token), first + token
+            x_scale = scale_of(inputs, row) + block * inputs.rows * 4
             for half in range(halves):
-                sums = scratch + SUMS + step % 2 * SUMS_BYTES
-                _multiply(code, a, stride, tokens, unpacked + half * UNPACKED, sums)
-                if token + half == 0 and block + 1 < blocks:
-                    _unpack_pair(code, pair, block + 1, blocks, scratch + (block + 1) % 2 * 2 * UNPACKED)
-                if step > 0:
-                    before = scratch + SUMS + (step - 1) % 2 * SUMS_BYTES
-                    _scale(code, last[0], before, pair, last[1], last[2], last[3], last[4])
-                last = (tokens, half, block * size, x_scale, out + token * PAIR_ROWS * 4)
-                step += 1
-    _scale(code, last[0], scratch + SUMS + (step - 1) % 2 * SUMS_BYTES, pair, last[1], last[2], last[3], last[4])
+                slot, other = 2 * pair + half, 2 * pair + 1
+                if slots[slot] == 0:
+                    continue
+                sums, before = SUMS + number % 2 * SUMS_BYTES, SUMS + (number + 1) % 2 * SUMS_BYTES
+                a = record_of(inputs, row) + block * BLOCK_K
+                _multiply(code, a, stride, tokens, unpacked + half * UNPACKED, scratch + sums)
+                if unpacked_steps == step + 1 and unpacked_steps < steps:
+                    _unpack_pair(code, table, step + 1, pairs, blocks, scratch + (step + 1) % 2 * 2 * UNPACKED)
+                    unpacked_steps += 1
+                if number > 0:
+                    _scale(code, waiting, scratch + before)
+                headers = slots[slot] + block * size, slots[other if slots[other] != 0 else slot] + block * size
+                waiting = (tokens, headers[0], headers[1], x_scale, out + (token * SLOTS + slot) * LINE)
+                number += 1
+        if unpacked_steps == step + 1 and unpacked_steps < steps:  # the pair was empty
+            _unpack_pair(code, table, step + 1, pairs, blocks, scratch + (step + 1) % 2 * 2 * UNPACKED)
+            unpacked_steps += 1
+    _scale(code, waiting, scratch + SUMS + (number + 1) % 2 * SUMS_BYTES)
 
 
 @shared

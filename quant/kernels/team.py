@@ -8,7 +8,17 @@ cost nothing, and programs that share a machine do not hold each other up.
 
 from typing import NamedTuple
 
-from quant.kernels.atomics import EVERYBODY, FUTEX, WAIT_PRIVATE, WAKE_PRIVATE, add_word, futex, load_word, pause, store_word
+from quant.kernels.atomics import (
+    EVERYBODY,
+    FUTEX,
+    WAIT_PRIVATE,
+    WAKE_PRIVATE,
+    add_word,
+    futex,
+    load_word,
+    pause,
+    store_word,
+)
 from quant.kernels.jit import inner
 
 LINE = 64  # bytes; each word has a cache line of its own

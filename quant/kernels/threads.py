@@ -157,6 +157,7 @@ def load_job(state):  # type: ignore[no-untyped-def]
     return load_word(state + JOB)
 
 
+POOL_KERNELS = (_work, _run, load_job)  # which every call of a kernel needs
 _pool = Pool()
 
 

@@ -1,22 +1,7 @@
-"""When a thread turns AMX's tile unit on and off, and whether the system lets this process use it."""
-
-import ctypes
-import platform
-import sys
-from functools import cache
+"""When a thread turns AMX's tile unit on and off."""
 
 from quant.kernels.jit import inner
 from quant.kernels.packed_tiles import HAS_TILES, configure_tiles, release_tiles, uses_tiles
-
-ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # Linux on x86-64
-
-
-@cache
-def tiles_granted() -> bool:
-    """Whether kernels may use tiles. Asks Linux for it, which it wants once, before the first use."""
-    if not HAS_TILES or not sys.platform.startswith("linux") or platform.machine() != "x86_64":
-        return False
-    return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
 
 
 @inner

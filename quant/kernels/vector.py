@@ -7,17 +7,16 @@ LLVM splits the 16 lanes into what the processor has (one AVX-512, two AVX2, fou
 before Haswell have no fused multiply-add: there product and sum are each rounded.
 """
 
-import platform
 from collections.abc import Callable
 from typing import Any
 
-import numba
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.formats import FP8_BLOCK_SIDE
+from quant.isa import processor_has
 
 LANES = 16
 ROW_TILE = 4  # weight rows multiplied together
@@ -37,16 +36,6 @@ VF, VH = ir.VectorType(F32, LANES), ir.VectorType(ir.HalfType(), LANES)
 FP8_SHIFT, FP8_SIGN_AND_VALUE, FP8_NAN = 7, 0xBF80, 0x3F80
 FP8_FACTOR = 2.0**8
 FP8_SMALLEST = 2.0**-9
-
-
-def processor_has(feature: str) -> bool:
-    """Whether code may use an x86 instruction set (by LLVM's name); other processors have what is asked for here."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
-        return True
-    config: Any = numba.config
-    if config.CPU_NAME:
-        return f"+{feature}" in (config.CPU_FEATURES or "")
-    return bool(binding.get_host_cpu_features().get(feature))
 
 
 def i64(value: int) -> ir.Constant:

@@ -2,7 +2,8 @@
 
 python -m tools.formats.layer_error [--dim 7168 --inter 2048 --experts 4 --tokens 8]
 
-Activations are quantised as the kernels do: x, and again the hidden state before w2, to 8 bits in groups of 32.
+Activations are quantised as the kernels do: x, and again the hidden state before w2, to 8 bits, with one scale for
+128 columns.
 Everything else is float32, so the figures are the formats' own.
 """
 
