@@ -46,7 +46,7 @@ from quant.kernels.vector import (
 BLOCK = 64  # keys between two looks at the maximum, at most
 TILE_FLOATS = TOKEN_TILE * (BLOCK + ROW_TILE)  # scratch: scores of 4 rows, and a tile of 4 by 4 of them
 LOWEST = np.float32(-np.inf)
-POLYNOMIALS = [getattr(silu, f"POLYNOMIAL_{degree}") for degree in range(6)]
+POLYNOMIALS = [float(getattr(silu, f"POLYNOMIAL_{degree}")) for degree in range(6)]
 ACCUMULATORS = 16  # vectors; with 4 operands and a factor they fit 32 registers
 
 
@@ -329,7 +329,7 @@ def _score(queries, row, keys, count):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _largest(typingctx, scores, count, largest):  # type: ignore[no-untyped-def]
+def _largest_of(typingctx, scores, count, largest):  # type: ignore[no-untyped-def]
     """The largest of `count` (a multiple of 16) float32 at `scores` and of `largest`. NaN is passed over."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -349,7 +349,7 @@ def _largest(typingctx, scores, count, largest):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _powers(typingctx, scores, count, largest):  # type: ignore[no-untyped-def]
+def _powers_of(typingctx, scores, count, largest):  # type: ignore[no-untyped-def]
     """Turn `count` (a multiple of 16) float32 at `scores`, none above `largest`, into exp(score - largest)."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -370,23 +370,24 @@ def _powers(typingctx, scores, count, largest):  # type: ignore[no-untyped-def]
     return types.void(types.int64, types.int64, types.float32), codegen
 
 
+# The Python signatures of intrinsics have one argument more than their callers give.
+_largest: Any = _largest_of
+_powers: Any = _powers_of
+
+
 def _emit_exp(builder: Any, x: Any) -> Any:
-    """silu.exp of 16 values up to 0, none NaN, below -86.37 as of that."""
-
-    def constant(value: float) -> Any:
-        return ir.Constant(VF, [float(value)] * LANES)
-
-    lowest = constant(silu.ONE - silu.HIGHEST)
+    """silu.exp of 16 values up to 0, none NaN, below -87.37 as of that."""
+    lowest = splat_float(float(silu.ONE - silu.HIGHEST))
     bounded = builder.select(builder.fcmp_ordered(">", x, lowest), x, lowest)
-    shifted = builder.fadd(builder.fmul(bounded, constant(silu.LOG2_E)), constant(128.5))
+    shifted = builder.fadd(builder.fmul(bounded, splat_float(float(silu.LOG2_E))), splat_float(128.5))
     power = builder.sub(builder.fptosi(shifted, VI), splat_bits(128))
     whole = builder.sitofp(power, VF)
-    rest = builder.fsub(bounded, builder.fmul(whole, constant(silu.LN2_HIGH)))
-    rest = builder.fsub(rest, builder.fmul(whole, constant(silu.LN2_LOW)))
-    value = constant(POLYNOMIALS[0])
+    rest = builder.fsub(bounded, builder.fmul(whole, splat_float(float(silu.LN2_HIGH))))
+    rest = builder.fsub(rest, builder.fmul(whole, splat_float(float(silu.LN2_LOW))))
+    value = splat_float(POLYNOMIALS[0])
     for factor in POLYNOMIALS[1:]:
-        value = multiply_add(builder, value, rest, constant(factor))
-    value = builder.fadd(builder.fadd(builder.fmul(builder.fmul(value, rest), rest), rest), constant(1.0))
+        value = multiply_add(builder, value, rest, splat_float(factor))
+    value = builder.fadd(builder.fadd(builder.fmul(builder.fmul(value, rest), rest), rest), splat_float(1.0))
     two_to_power = builder.bitcast(builder.shl(builder.add(power, splat_bits(127)), splat_bits(23)), VF)
     return builder.fmul(value, two_to_power)
 
