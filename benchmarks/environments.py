@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import parse_names
 from cli.escape import say
 from quant.errors import Dsr1Error
 from quant.user_cache import user_cache
@@ -133,10 +134,10 @@ def describe(environments: list[Environment]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers", nargs="*", choices=[*PEERS, []], default=[*PEERS])
+    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"{' or '.join(PEERS)}; by default both")
     parser.add_argument("--envs", type=Path, default=default_folder())
     arguments = parser.parse_args()
-    for name in arguments.peers:
+    for name in parse_names(",".join(arguments.peers), list(PEERS)) or PEERS:
         one = environment(PEERS[name], arguments.envs)
         print(f"{one.label} in {one.folder}: {one.system}")
 

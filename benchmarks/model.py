@@ -2,7 +2,7 @@
 
 python -m benchmarks.model --data DIR [--types Q4_0,Q4_K_M] [--formats fast] [--threads 1,2] [--json FILE]
 
-The model's files, 9 GB each, are made in DIR when they are not there. docs/benchmarks.md says what is measured.
+The model's files, 9 to 11 GB each, are made in DIR when they are not there. docs/benchmarks.md says what is measured.
 """
 
 import argparse

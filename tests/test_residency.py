@@ -18,22 +18,37 @@ from hypothesis import strategies as st
 from offload import memory
 from offload.backend import CpuBackend
 from offload.benchmark.limits import expert_ranges, range_bytes
-from offload.experts import CpuExperts, ExpertBuffers
+from offload.benchmark.weights import random_records
+from offload.experts import CpuExperts, ExpertBuffers, PackedExperts
 from offload.memory import HUGE_PAGE, OnceRead, bind, check_lockable, huge_memory, lock, run_near
 from offload.node_experts import NOT_BOUND, NodeExperts, copy_records, split_records
 from offload.topology import Topology, read_topology
+from quant.config import parse_config
 from quant.errors import DeviceError, StoreError
 from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat, tiles
 from quant.safetensors_file import FileSpan
-from tests.test_experts import CAPACITY, CONFIG, DIM, EXPERTS, make_records, route
+from tests.tiny_checkpoint import TINY
 from tools.residency import Setup, measure
 
+CONFIG = parse_config(TINY)
+DIM, EXPERTS, TOP_K = CONFIG.dim, CONFIG.n_routed_experts, CONFIG.n_activated_experts
+CAPACITY = 12
 ONE = Topology((read_topology().nodes[0],))
 TWO = Topology(ONE.nodes * 2)  # one node that pretends to be two
 
 records = st.builds(
     ExpertRecord, st.sampled_from(list(PACKED_FORMATS.values())), st.integers(1, 700), st.integers(1, 700)
 )
+
+
+def make_records(fmt: PackedFormat) -> PackedExperts:
+    record = ExpertRecord(fmt, DIM, CONFIG.moe_inter_dim)
+    return PackedExperts(random_records(record, EXPERTS, seed=0), record)
+
+
+def route(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, weights) [tokens, TOP_K]."""
+    return torch.rand(tokens, EXPERTS).argsort(1)[:, :TOP_K].contiguous(), torch.rand(tokens, TOP_K)
 
 
 def places(record: ExpertRecord) -> list[tuple[int, tuple[int, int]]]:

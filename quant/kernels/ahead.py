@@ -18,20 +18,26 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from quant import isa
+from quant.kernels.absorbed import attend_absorbed
 from quant.kernels.bandwidth import multiply_kernel, read_kernel
 from quant.kernels.decode import decode
+from quant.kernels.decompressed import attend_block
 from quant.kernels.encode import encode
 from quant.kernels.jit import COMPILABLE, Compilable
 from quant.kernels.linear import linear
 from quant.kernels.moe import moe_experts
+from quant.kernels.norm import rms_norm
 from quant.kernels.packed_linear import packed_linear
 from quant.kernels.packed_moe import packed_moe_experts
+from quant.kernels.rope import turn_pairs
+from quant.kernels.router import route
 from quant.kernels.threads import MAX_THREADS, POOL_KERNELS
 from quant.progress import Steps, untold
 
 # The most expensive first.
-PACKED_KERNELS = (packed_moe_experts, packed_linear, decode)  # for a store
-PLAIN_KERNELS = (moe_experts, linear)  # for a published checkpoint
+MODEL_KERNELS = (linear, attend_block, attend_absorbed, route, rms_norm, turn_pairs)  # for every model
+PACKED_KERNELS = (packed_moe_experts, packed_linear, *MODEL_KERNELS, decode)  # for a store
+PLAIN_KERNELS = (moe_experts, *MODEL_KERNELS)  # for a published checkpoint
 ENCODING_KERNELS = (encode,)
 MEASURING_KERNELS = (read_kernel, multiply_kernel)
 

@@ -2,9 +2,9 @@
 
 Both ways give the same bits (packed_tiles.py), so the choice is one of speed alone, made from the number of tokens.
 
-A table of tiles is int64 [16]: the addresses of up to 8 tiles, 0 for none, and of those that are read after each of
-them. Slots 0..3 hold neighbouring tiles of a matrix, and so do slots 4..7, of the same or of another one. Results of a
-token are float32 [128], 16 for each slot.
+A table of tiles is int64 [24]: the addresses of up to 8 tiles, 0 for none, and of those that are read after each of
+them; the rest is for packed_tiles.py. Slots 0..3 hold neighbouring tiles of a matrix, and so do slots 4..7, of the same
+or of another one. Results of a token are float32 [128], 16 for each slot.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from quant.packed import BLOCK_K
 
 HALF = SLOTS // 2
 RESULTS = BLOCK_K  # float32 of a token
-TABLE_BYTES = 2 * SLOTS * 8
+TABLE_BYTES = 3 * SLOTS * 8
 
 
 class Rows(NamedTuple):

@@ -5,12 +5,12 @@ operand, and multiplied with up to 32 tokens at a time. `accurate` has products 
 256 * high + low. The block's sums are those of packed_dot.py, exactly, and so is what follows: one product with
 the scales, in order of k. So it does not matter which of the two ways a token takes.
 
-Four steps, a function each: unpack, multiply (to int32 [tokens, 32]), then scale and add up (to float32 [tokens, 128]).
+Four steps, a function each: unpack, multiply, store (int32 [tokens, 32]), scale and add up (to float32 [tokens, 128]).
 The next block is unpacked, and the last one scaled, while the tile unit multiplies.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.isa import x86_has
-from quant.kernels.activations import record_bytes, record_of, scale_of
+from quant.kernels.activations import Inputs, record_bytes, record_of, scale_of
 from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner, shared
 from quant.kernels.packed_dot import (
@@ -55,10 +55,10 @@ TILE_K = 64  # columns of a tile
 TILE_BYTES = TILE_ROWS * TILE_K
 UNPACKED = 2 * (BLOCK_K // TILE_K) * TILE_BYTES  # of a block: high and low bytes
 AHEAD = 1  # blocks between an unpacked one and its prefetch
-# Scratch: two blocks of each of two tiles, and the sums of two blocks.
+# Scratch: what two steps unpack, and the sums of one.
 SUMS_BYTES = TOKENS * PAIR_ROWS * 4
 SUMS = 4 * UNPACKED
-SCRATCH_BYTES = SUMS + 2 * SUMS_BYTES
+SCRATCH_BYTES = SUMS + SUMS_BYTES
 
 
 def _function(module: Any, name: str, count: int, emit: Callable[..., None]) -> Any:
@@ -127,14 +127,14 @@ def _release_tiles(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
-def _make_multiply(a_tiles: int, low_is_unsigned: bool) -> Any:
-    """(a, stride, b0, b1, sums): int32 [16 a_tiles, 32] at `sums` = tokens of a block times two unpacked ones.
+def _make_products(a_tiles: int, low_is_unsigned: bool) -> Any:
+    """(a, stride, b0, b1): into tile registers, int32 [16 a_tiles, 32] = tokens of a block times two unpacked ones.
 
     a: address of the first token's 128 bytes, the others' are `stride` apart. b0 gives columns 0..15 of the sums, b1
     the others; with `low_is_unsigned`, b1's bytes are unsigned.
     """
 
-    def emit(builder: Any, a: Any, stride: Any, b0: Any, b1: Any, sums: Any) -> None:
+    def emit(builder: Any, a: Any, stride: Any, b0: Any, b1: Any) -> None:
         for number in range(2 * a_tiles):
             _void(builder, "tilezero", [_tile(number)])
         for step in range(BLOCK_K // TILE_K):
@@ -145,11 +145,19 @@ def _make_multiply(a_tiles: int, low_is_unsigned: bool) -> Any:
                 _void(builder, "tileloadd64", [_tile(4 + row), _at(builder, first, step * TILE_K), stride])
                 for number, product in enumerate(("tdpbssd", "tdpbsud" if low_is_unsigned else "tdpbssd")):
                     _void(builder, product, [_tile(2 * row + number), _tile(4 + row), _tile(6 + number)])
+
+    return _make(f"products.{a_tiles}.{low_is_unsigned}", 4, emit)
+
+
+def _make_store(a_tiles: int) -> Any:
+    """(sums): the products of the tile registers to int32 [16 a_tiles, 32]."""
+
+    def emit(builder: Any, sums: Any) -> None:
         for number in range(2 * a_tiles):
             place = number // 2 * TILE_ROWS * PAIR_ROWS * 4 + number % 2 * LINE
             _void(builder, "tilestored64", [_tile(number), _at(builder, sums, place), i64(PAIR_ROWS * 4)])
 
-    return _make(f"multiply.{a_tiles}.{low_is_unsigned}", 5, emit)
+    return _make(f"store.{a_tiles}", 1, emit)
 
 
 def _make_unpack(fmt: PackedFormat) -> Any:
@@ -160,12 +168,14 @@ def _make_unpack(fmt: PackedFormat) -> Any:
     """
 
     def emit(builder: Any, block: Any, later: Any, target: Any) -> None:
-        for offset in range(0, fmt.block_bytes, LINE):
+        for offset in range(0, fmt.header_bytes, LINE):
             prefetch(builder, builder.add(later, i64(offset)))
         quads = fmt.group // 4
         for group in range(BLOCK_K // fmt.group):
             write = _WRITERS[fmt.name](builder, fmt, block, group)
             for number in range(group * quads, (group + 1) * quads):
+                if number * fmt.bits % 8 == 0:
+                    prefetch(builder, builder.add(later, i64(fmt.header_bytes + LINE * number * fmt.bits // 8)))
                 for half, values in enumerate(write(code_quad(builder, fmt, block, number))):
                     place = _at(builder, target, half * UNPACKED // 2 + number * LINE)
                     builder.store(builder.bitcast(values, BYTES), place).align = LINE
@@ -230,25 +240,25 @@ def _write_q8(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Write:
 _WRITERS = {"fast": _write_fast, "accurate": _write_accurate, "q8": _write_q8}
 
 
-def _emit_scale(builder: Any, count: Any, sums: Any, block_scales: tuple[Any, Any], x_scale: Any, out: Any) -> None:
-    """out float32 [count, 128] += sums times d and the token's scale. With one header, sums are 256 * high + low."""
-    first, second = block_scales
-    ds = [_scales_of(builder, header) for header in ((first,) if second is None else (first, second))]
+def _emit_scale(builder: Any, count: Any, sums: Any, headers: list[Any], x_scale: Any, outs: list[Any]) -> None:
+    """outs float32 [count, 128] += sums times d and the token's scale. With one header, sums are 256 * high + low."""
+    ds = [_scales_of(builder, header) for header in headers]
     entry, loop, end = builder.block, builder.append_basic_block("token"), builder.append_basic_block("end")
     builder.branch(loop)
     builder.position_at_end(loop)
     at = builder.phi(I64)
-    line = builder.add(sums, builder.mul(at, i64(PAIR_ROWS * 4)))
-    place = builder.add(out, builder.mul(at, i64(SLOTS * LINE)))
+    line, row = builder.add(sums, builder.mul(at, i64(PAIR_ROWS * 4))), builder.mul(at, i64(SLOTS * LINE))
     scale = builder.load(builder.inttoptr(builder.add(x_scale, builder.mul(at, i64(4))), POINTER), typ=F32)
     scale = splat(builder, scale, VF)
     integers = [builder.load(_at(builder, line, LINE * half), typ=VI, align=LINE) for half in (0, 1)]
-    if second is None:
+    if len(headers) == 1:
         integers = [builder.add(builder.shl(integers[0], splat_bits(8)), integers[1])]
-    for half, (d, integer) in enumerate(zip(ds, integers, strict=True)):
-        total = builder.load(_at(builder, place, LINE * half), typ=VF, align=LINE)
-        later = multiply_add(builder, builder.sitofp(integer, VF), builder.fmul(d, scale), total)
-        builder.store(later, _at(builder, place, LINE * half)).align = LINE
+    factors = [builder.fmul(d, scale) for d in ds]
+    places = [builder.inttoptr(builder.add(out, row), POINTER) for out in outs]
+    totals = [builder.load(place, typ=VF, align=LINE) for place in places]
+    # the first one last: where both are one, there is no second
+    for place, integer, factor, total in reversed(list(zip(places, integers, factors, totals, strict=True))):
+        builder.store(multiply_add(builder, builder.sitofp(integer, VF), factor, total), place).align = LINE
     following = builder.add(at, i64(1))
     at.add_incoming(i64(0), entry)
     at.add_incoming(following, loop)
@@ -261,21 +271,23 @@ def _scales_of(builder: Any, header: Any) -> Any:
     return builder.bitcast(builder.and_(word, splat_bits(SCALE_BITS)), VF)
 
 
-def _emit_scale_two(builder: Any, count: Any, sums: Any, first: Any, second: Any, x_scale: Any, out: Any) -> None:
-    _emit_scale(builder, count, sums, (first, second), x_scale, out)
+def _emit_scale_two(builder: Any, count: Any, sums: Any, first: Any, second: Any, x_scale: Any, *outs: Any) -> None:
+    out, skip = outs
+    _emit_scale(builder, count, sums, [first, second], x_scale, [out, builder.add(out, skip)])
 
 
 def _emit_scale_joined(builder: Any, count: Any, sums: Any, header: Any, x_scale: Any, out: Any) -> None:
-    _emit_scale(builder, count, sums, (header, None), x_scale, out)
+    _emit_scale(builder, count, sums, [header], x_scale, [out])
 
 
 # The Python signatures of intrinsics have one argument more than their callers give.
 configure_tiles: Any = _configure_tiles
 release_tiles: Any = _release_tiles
-_multiply_16, _multiply_32 = (_make_multiply(tiles, False) for tiles in (1, 2))
-_multiply_16_joined, _multiply_32_joined = (_make_multiply(tiles, True) for tiles in (1, 2))
+_products_16, _products_32 = (_make_products(tiles, False) for tiles in (1, 2))
+_products_16_joined, _products_32_joined = (_make_products(tiles, True) for tiles in (1, 2))
+_store_16, _store_32 = (_make_store(tiles) for tiles in (1, 2))
 _unpack_fast, _unpack_accurate, _unpack_q8 = (_make_unpack(fmt) for fmt in (FAST, ACCURATE, Q8))
-_scale_two = _make("scale.two", 6, _emit_scale_two)
+_scale_two = _make("scale.two", 7, _emit_scale_two)
 _scale_joined = _make("scale.joined", 5, _emit_scale_joined)
 
 
@@ -289,91 +301,123 @@ def _unpack(code, block, later, target):  # type: ignore[no-untyped-def]
         _unpack_q8((block, later, target))
 
 
+class Work(NamedTuple):
+    """One call. used: address of the int64 numbers of the table's slots that hold a tile; steps: of each block."""
+
+    inputs: Inputs
+    table: int
+    used: int
+    count: int
+    blocks: int
+    steps: int
+    first: int
+    out: int
+    scratch: int
+
+
 @inner
-def _unpack_pair(code, table, step, pairs, blocks, target):  # type: ignore[no-untyped-def]
-    """Both tiles of a pair of slots, the block of a step: steps go through all pairs, block by block."""
-    slots, size = integers(table, (2 * SLOTS,)), block_bytes(code)
-    block, pair = step // pairs, step % pairs
-    for tile in range(2):
-        slot = 2 * pair + tile
+def _find_used(table):  # type: ignore[no-untyped-def]
+    """Write down, behind a table, which slots hold a tile; returns how many."""
+    slots = integers(table, (3 * SLOTS,))
+    count = 0
+    for slot in range(SLOTS):
         if slots[slot] != 0:
-            later = block + AHEAD
-            start = slots[slot] + later * size if later < blocks else slots[SLOTS + slot] + (later - blocks) * size
-            _unpack(code, slots[slot] + block * size, start, target + tile * UNPACKED)
+            slots[2 * SLOTS + count] = slot
+            count += 1
+    return count
 
 
 @inner
-def _multiply(code, a, stride, count, unpacked, sums):  # type: ignore[no-untyped-def]
-    """Up to 32 tokens. Of `accurate` with one tile's high and low bytes, else with both tiles."""
-    if code == ACCURATE_CODE:
-        if count > TILE_ROWS:
-            _multiply_32_joined((a, stride, unpacked, unpacked + UNPACKED // 2, sums))
+def _slots_of(work, step):  # type: ignore[no-untyped-def]
+    """The two slots of a step; of `accurate`, whose tile has two bytes a weight, it is one."""
+    used = integers(work.used, (SLOTS,))
+    if work.inputs.code == ACCURATE_CODE:
+        return used[step], used[step]
+    last = 2 * step + 1 if 2 * step + 1 < work.count else 2 * step
+    return used[2 * step], used[last]
+
+
+@inner
+def _unpack_step(work, block, step, target):  # type: ignore[no-untyped-def]
+    slots, size = integers(work.table, (2 * SLOTS,)), block_bytes(work.inputs.code)
+    first, second = _slots_of(work, step)
+    later = block + AHEAD
+    for number in range(1 if first == second else 2):
+        slot = first if number == 0 else second
+        tile = slots[slot]
+        start = tile + later * size if later < work.blocks else slots[SLOTS + slot] + (later - work.blocks) * size
+        _unpack(work.inputs.code, tile + block * size, start, target + number * UNPACKED)
+
+
+@inner
+def _products(work, block, token, tokens, unpacked):  # type: ignore[no-untyped-def]
+    """Up to 32 tokens times what a step has unpacked, in the tile registers."""
+    a = record_of(work.inputs, work.first + token) + block * BLOCK_K
+    stride = record_bytes(work.inputs.k)
+    if work.inputs.code == ACCURATE_CODE:
+        if tokens > TILE_ROWS:
+            _products_32_joined((a, stride, unpacked, unpacked + UNPACKED // 2))
         else:
-            _multiply_16_joined((a, stride, unpacked, unpacked + UNPACKED // 2, sums))
-    elif count > TILE_ROWS:
-        _multiply_32((a, stride, unpacked, unpacked + UNPACKED, sums))
+            _products_16_joined((a, stride, unpacked, unpacked + UNPACKED // 2))
+    elif tokens > TILE_ROWS:
+        _products_32((a, stride, unpacked, unpacked + UNPACKED))
     else:
-        _multiply_16((a, stride, unpacked, unpacked + UNPACKED, sums))
+        _products_16((a, stride, unpacked, unpacked + UNPACKED))
 
 
 @inner
-def _scale(code, work, sums):  # type: ignore[no-untyped-def]
-    """work: tokens, headers of the two blocks (or of the one), first scale, first result."""
-    count, first, second, x_scale, out = work
-    if code == ACCURATE_CODE:
-        _scale_joined((count, sums, first, x_scale, out))
+def _store(tokens, sums):  # type: ignore[no-untyped-def]
+    if tokens > TILE_ROWS:
+        _store_32((sums,))
     else:
-        _scale_two((count, sums, first, second, x_scale, out))
+        _store_16((sums,))
 
 
 @inner
-def _pairs_of(table):  # type: ignore[no-untyped-def]
-    """Pairs of slots up to the last tile."""
-    slots = integers(table, (2 * SLOTS,))
-    last = SLOTS - 1
-    while last > 0 and slots[last] == 0:
-        last -= 1
-    return last // 2 + 1
+def _scale(work, block, step, token, tokens, sums):  # type: ignore[no-untyped-def]
+    """Add what a step's sums come to. Of `fast` and `q8`, its two slots' results lie side by side, or are one's."""
+    slots, offset = integers(work.table, (SLOTS,)), block * block_bytes(work.inputs.code)
+    first, second = _slots_of(work, step)
+    x_scale = scale_of(work.inputs, work.first + token) + block * work.inputs.rows * 4
+    out = work.out + (token * SLOTS + first) * LINE
+    if work.inputs.code == ACCURATE_CODE:
+        _scale_joined((tokens, sums, slots[first] + offset, x_scale, out))
+    else:
+        skip = (second - first) * LINE  # 0 where there is no second one
+        _scale_two((tokens, sums, slots[first] + offset, slots[second] + offset, x_scale, out, skip))
 
 
 @inner
-def multiply_tiles(inputs, table, first, count, blocks, out, scratch):  # type: ignore[no-untyped-def]
-    """out float32 [count, 128] = rows `first` on of `inputs` times the tiles of a table (packed_rows.py).
+def multiply_tiles(inputs, table, first, size, blocks, out, scratch):  # type: ignore[no-untyped-def]
+    """out float32 [size, 128] = rows `first` on of `inputs` times the tiles of a table (packed_rows.py).
 
     Rows of inputs up to the next multiple of 32 are read. scratch, out: at cache lines.
+
+    A product's results are stored only after something else was done meanwhile: stores that wait hold up all loads
+    from addresses that look alike.
     """
-    code, size, stride = inputs.code, block_bytes(inputs.code), record_bytes(inputs.k)
-    halves, pairs = 2 if code == ACCURATE_CODE else 1, _pairs_of(table)
-    slots, steps = integers(table, (2 * SLOTS,)), blocks * pairs
-    floats(out, (count * SLOTS * TILE_ROWS,))[:] = 0
-    _unpack_pair(code, table, 0, pairs, blocks, scratch)
-    number, unpacked_steps = 0, 1
-    waiting = (0, 0, 0, 0, 0)  # what is multiplied and not yet scaled
-    for step in range(steps):
-        block, pair = step // pairs, step % pairs
-        unpacked = scratch + step % 2 * 2 * UNPACKED
-        for token in range(0, count, TOKENS):
-            tokens, row = min(TOKENS, count - token), first + token
-            x_scale = scale_of(inputs, row) + block * inputs.rows * 4
-            for half in range(halves):
-                slot, other = 2 * pair + half, 2 * pair + 1
-                if slots[slot] == 0:
-                    continue
-                sums, before = SUMS + number % 2 * SUMS_BYTES, SUMS + (number + 1) % 2 * SUMS_BYTES
-                a = record_of(inputs, row) + block * BLOCK_K
-                _multiply(code, a, stride, tokens, unpacked + half * UNPACKED, scratch + sums)
-                if unpacked_steps == step + 1 and unpacked_steps < steps:
-                    _unpack_pair(code, table, step + 1, pairs, blocks, scratch + (step + 1) % 2 * 2 * UNPACKED)
-                    unpacked_steps += 1
-                if number > 0:
-                    _scale(code, waiting, scratch + before)
-                headers = slots[slot] + block * size, slots[other if slots[other] != 0 else slot] + block * size
-                waiting = (tokens, headers[0], headers[1], x_scale, out + (token * SLOTS + slot) * LINE)
-                number += 1
-        if unpacked_steps == step + 1 and unpacked_steps < steps:  # the pair was empty
-            _unpack_pair(code, table, step + 1, pairs, blocks, scratch + (step + 1) % 2 * 2 * UNPACKED)
-            unpacked_steps += 1
-    _scale(code, waiting, scratch + SUMS + (number + 1) % 2 * SUMS_BYTES)
+    count = _find_used(table)
+    steps = count if inputs.code == ACCURATE_CODE else (count + 1) // 2
+    work = Work(inputs, table, table + 2 * SLOTS * 8, count, blocks, steps, first, out, scratch)
+    floats(out, (size * SLOTS * TILE_ROWS,))[:] = 0
+    unpacked, other, sums = scratch, scratch + 2 * UNPACKED, scratch + SUMS
+    _unpack_step(work, 0, 0, unpacked)
+    _products(work, 0, 0, min(TOKENS, size), unpacked)
+    block, step = 0, 0
+    while block < blocks:
+        next_block, next_step = (block, step + 1) if step + 1 < steps else (block + 1, 0)
+        if next_block < blocks:
+            _unpack_step(work, next_block, next_step, other)
+        for token in range(0, size, TOKENS):
+            tokens = min(TOKENS, size - token)
+            _store(tokens, sums)
+            if token + TOKENS < size:
+                _products(work, block, token + TOKENS, min(TOKENS, size - token - TOKENS), unpacked)
+            elif next_block < blocks:
+                _products(work, next_block, 0, min(TOKENS, size), other)
+            _scale(work, block, step, token, tokens, sums)
+        block, step = next_block, next_step
+        unpacked, other = other, unpacked
 
 
 @shared
