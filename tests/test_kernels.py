@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from quant import ops
 from quant.formats import BF16, F32, FP8_BLOCK, Format, QuantTensor
 from quant.kernels import reference, set_threads, thread_count
-from quant.kernels.silu import exp
+from quant.kernels.silu import exp as kernel_exp
 from quant.kernels.threads import MAX_THREADS, SERIAL_MULTIPLICATIONS, parts_for
 from quant.kernels.vector import FP8_CODE, make_dot
 
@@ -28,6 +28,12 @@ FORMATS = (F32, BF16, FP8_BLOCK)
 ROOT = Path(__file__).parent.parent
 # Rounding of float32 sums: a 1 % mistake in one of a thousand values would show.
 TOLERANCE = 1e-11
+
+
+@numba.njit
+def exp(x):  # type: ignore[no-untyped-def]
+    return kernel_exp(x)
+
 
 pytestmark = pytest.mark.usefixtures("one_kernel_thread")
 

@@ -23,6 +23,7 @@ lanes.py    16 float32 values as one Numba value, for encode.py
 decode.py   a packed matrix as plain float32
 bandwidth.py      the machine's own limits, for dsr1 bench
 jit.py      compiling
+leaf.py     long functions that kernels call, compiled by themselves
 ahead.py    compiling before kernels are wanted
 cache.py    machine code on disk
 threads.py  the threads that run kernels

@@ -5,8 +5,8 @@ operand, and multiplied with up to 32 tokens at a time. `accurate` has products 
 256 * high + low. The block's sums are those of packed_dot.py, exactly, and so is what follows: one product with
 the scales, in order of k. So it does not matter which of the two ways a token takes.
 
-Four steps, a function each: unpack, multiply, store (int32 [tokens, 32]), scale and add up (to float32 [tokens, 128]).
-The next block is unpacked, and the last one scaled, while the tile unit multiplies.
+Unpacked weights and tokens are multiplied in tile registers, stored as int32, scaled, and added to float32 results.
+The tile unit multiplies for 16 cycles each time: meanwhile the last products are scaled, instruction by instruction.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,10 @@ from quant.isa import x86_has
 from quant.kernels.activations import Inputs, record_bytes, record_of, scale_of
 from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner, shared
+from quant.kernels.leaf import Leaf
 from quant.kernels.packed_dot import (
     BYTES,
+    ROW_BYTES,
     SCALE_BITS,
     SHORTS,
     SLOTS,
@@ -57,35 +59,25 @@ TILE_K = 64  # columns of a tile
 TILE_BYTES = TILE_ROWS * TILE_K
 UNPACKED = 2 * (BLOCK_K // TILE_K) * TILE_BYTES  # of a block: high and low bytes
 APART = UNPACKED + 5 * LINE  # bytes from one unpacked tile to the next: a multiple of 4 KiB would make them look alike
-AHEAD = 1  # blocks between an unpacked one and its prefetch
-# Scratch: what two steps unpack, up to four tiles each, and the sums of one.
+AHEAD = 2  # blocks between an unpacked one and its prefetch
+# Scratch: what two steps unpack, up to four tiles each; the sums of one; where those go.
 STEP_BYTES = 4 * APART
 SUMS = 2 * STEP_BYTES
 HALF_SUMS = TILE_ROWS * PAIR_ROWS * 4  # of 16 tokens and two tiles, or of 16 more tokens
-SCRATCH_BYTES = SUMS + 2 * HALF_SUMS
-
-
-def _function(module: Any, name: str, count: int, emit: Callable[..., None]) -> Any:
-    """A function of `count` int64 that is never inlined; emit(builder, *arguments) writes it at its first use."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * count)
-    function = cgutils.get_or_insert_function(module, kind, f"dsr1.tiles.{name}")
-    if function.is_declaration:
-        function.linkage = "linkonce_odr"
-        function.attributes.add("noinline")
-        builder = ir.IRBuilder(function.append_basic_block("entry"))
-        emit(builder, *function.args)
-        builder.ret_void()
-    return function
+TARGETS = SUMS + 2 * HALF_SUMS
+WASTE = TARGETS + 2 * SLOTS * 8  # results that nobody reads
+SCRATCH_BYTES = WASTE + TOKENS * ROW_BYTES
 
 
 def _make(name: str, count: int, emit: Callable[..., None]) -> Any:
     """Intrinsic of a tuple of `count` int64 that calls the function that `emit` writes."""
+    leaf = Leaf(f"tiles.{name}", count, emit)
 
     @intrinsic
     def call(typingctx, arguments):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             values = [builder.extract_value(args[0], number) for number in range(count)]
-            builder.call(_function(builder.module, name, count, emit), values)
+            builder.call(leaf.declare(builder.module), values)
             return context.get_dummy_value()
 
         return types.void(types.UniTuple(types.int64, count)), codegen
@@ -131,30 +123,67 @@ def _release_tiles(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
-def _make_products(a_tiles: int, b_tiles: int, low_is_unsigned: bool) -> Any:
-    """(a, stride, b): into tile registers, int32 products of a block of 16 a_tiles tokens and unpacked tiles.
+def _make_products(a_tiles: int, b_tiles: int, is_joined: bool) -> Any:
+    """(a, stride, b, sums, x_scale, out, targets): products of a block of tokens and unpacked tiles into registers.
 
     a: address of the first token's 128 bytes, the others' are `stride` apart. b: address of the first unpacked tile;
-    the others follow APART bytes apart; with `low_is_unsigned` each one's unsigned bytes follow the signed ones. There are 4 results: token tiles times b tiles.
-    """
+    the others follow APART bytes apart. `is_joined`: each has signed high bytes, and unsigned low ones after them.
+    There are 4 results: token tiles times b tiles, or times halves of them.
 
-    def emit(builder: Any, a: Any, stride: Any, b: Any) -> None:
-        for number in range(a_tiles * b_tiles):
+    Meanwhile the sums of the products before are scaled and added to `out` (_add_scaled).
+    """
+    operands = [(tile, half) for tile in range(b_tiles // (1 + is_joined)) for half in range(1 + is_joined)]
+    tokens, columns = a_tiles * TILE_ROWS, b_tiles // (1 + is_joined)
+
+    def emit(builder: Any, *args: Any) -> None:
+        a, stride, b, sums, x_scale, out, targets = args
+        chunks = tokens * columns // (2 * len(operands) * a_tiles)
+        lines = [(token, column) for column in range(columns) for token in range(tokens)]
+        factors = [_scales_of(builder, _load_address(builder, targets, 8 * column)) for column in range(columns)]
+        places = [builder.add(out, _load_address(builder, targets, 8 * (SLOTS + column))) for column in range(columns)]
+        for number in range(4):
             _void(builder, "tilezero", [_tile(number)])
         for step in range(BLOCK_K // TILE_K):
             for row in range(a_tiles):
                 first = builder.add(a, builder.mul(stride, i64(row * TILE_ROWS)))
                 _void(builder, "tileloadd64", [_tile(4 + row), _at(builder, first, step * TILE_K), stride])
-            for column in range(b_tiles):
-                product = "tdpbsud" if low_is_unsigned and column % 2 else "tdpbssd"
-                register = _tile(6 + column % 2)
-                place = column // 2 * APART + column % 2 * UNPACKED // 2 if low_is_unsigned else column * APART
-                source = _at(builder, b, place + step * TILE_BYTES)
-                _void(builder, "tileloadd64", [register, source, i64(TILE_K)])
+            for number, (tile, half) in enumerate(operands):
+                register, product = _tile(6 + number % 2), "tdpbsud" if half else "tdpbssd"
+                place = tile * APART + half * (UNPACKED // 2) + step * TILE_BYTES
+                _void(builder, "tileloadd64", [register, _at(builder, b, place), i64(TILE_K)])
                 for row in range(a_tiles):
-                    _void(builder, product, [_tile(row * b_tiles + column), _tile(4 + row), register])
+                    _void(builder, product, [_tile(row * len(operands) + number), _tile(4 + row), register])
+                    for token, column in lines[:chunks]:
+                        _add_scaled(builder, sums, (token, column), is_joined, factors[column], x_scale, places[column])
+                    del lines[:chunks]
+        assert not lines
 
-    return _make(f"products.{a_tiles}.{b_tiles}.{low_is_unsigned}", 3, emit)
+    return _make(f"products.{a_tiles}.{b_tiles}.{is_joined}", 7, emit)
+
+
+def _load_address(builder: Any, base: Any, offset: int) -> Any:
+    return builder.load(_at(builder, base, offset), typ=I64, align=8)
+
+
+def _add_scaled(
+    builder: Any, sums: Any, at: tuple[int, int], is_joined: bool, d: Any, x_scale: Any, place: Any
+) -> None:
+    """place[token] += sums[token, column] * (d * the token's scale), 16 rows of weights; `at`: token and column.
+
+    Joined sums are 256 * high + low, 32 of them a token. Others lie two columns side by side, and then the next two.
+    """
+    token, column = at
+    pair, half = (column, 0) if is_joined else (column // 2, column % 2)
+    line = pair * HALF_SUMS + token * PAIR_ROWS * 4 + half * LINE
+    integer = builder.load(_at(builder, sums, line), typ=VI, align=LINE)
+    if is_joined:
+        low = builder.load(_at(builder, sums, line + LINE), typ=VI, align=LINE)
+        integer = builder.add(builder.shl(integer, splat_bits(8)), low)
+    scale = splat(builder, builder.load(_at(builder, x_scale, 4 * token), typ=F32, align=4), VF)
+    target = _at(builder, place, token * ROW_BYTES)
+    total = builder.load(target, typ=VF, align=LINE)
+    later = multiply_add(builder, builder.sitofp(integer, VF), builder.fmul(d, scale), total)
+    builder.store(later, target).align = LINE
 
 
 def _emit_store(builder: Any, sums: Any) -> None:
@@ -254,44 +283,9 @@ def _write_q8(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Write:
 _WRITERS = {"fast": _write_fast, "accurate": _write_accurate, "q8": _write_q8}
 
 
-def _emit_scale(builder: Any, count: Any, sums: Any, headers: list[Any], x_scale: Any, outs: list[Any]) -> None:
-    """outs float32 [count, 128] += sums times d and the token's scale. With one header, sums are 256 * high + low."""
-    ds = [_scales_of(builder, header) for header in headers]
-    entry, loop, end = builder.block, builder.append_basic_block("token"), builder.append_basic_block("end")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    at = builder.phi(I64)
-    line, row = builder.add(sums, builder.mul(at, i64(PAIR_ROWS * 4))), builder.mul(at, i64(SLOTS * LINE))
-    scale = builder.load(builder.inttoptr(builder.add(x_scale, builder.mul(at, i64(4))), POINTER), typ=F32)
-    scale = splat(builder, scale, VF)
-    integers = [builder.load(_at(builder, line, LINE * half), typ=VI, align=LINE) for half in (0, 1)]
-    if len(headers) == 1:
-        integers = [builder.add(builder.shl(integers[0], splat_bits(8)), integers[1])]
-    factors = [builder.fmul(d, scale) for d in ds]
-    places = [builder.inttoptr(builder.add(out, row), POINTER) for out in outs]
-    totals = [builder.load(place, typ=VF, align=LINE) for place in places]
-    # the first one last: where both are one, there is no second
-    for place, integer, factor, total in reversed(list(zip(places, integers, factors, totals, strict=True))):
-        builder.store(multiply_add(builder, builder.sitofp(integer, VF), factor, total), place).align = LINE
-    following = builder.add(at, i64(1))
-    at.add_incoming(i64(0), entry)
-    at.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
-    builder.position_at_end(end)
-
-
 def _scales_of(builder: Any, header: Any) -> Any:
     word = builder.load(builder.inttoptr(header, POINTER), typ=VI, align=LINE)
     return builder.bitcast(builder.and_(word, splat_bits(SCALE_BITS)), VF)
-
-
-def _emit_scale_two(builder: Any, count: Any, sums: Any, first: Any, second: Any, x_scale: Any, *outs: Any) -> None:
-    out, skip = outs
-    _emit_scale(builder, count, sums, [first, second], x_scale, [out, builder.add(out, skip)])
-
-
-def _emit_scale_joined(builder: Any, count: Any, sums: Any, header: Any, x_scale: Any, out: Any) -> None:
-    _emit_scale(builder, count, sums, [header], x_scale, [out])
 
 
 # The Python signatures of intrinsics have one argument more than their callers give.
@@ -301,8 +295,6 @@ _wide, _long = (_make_products(*tiles, False) for tiles in ((1, 4), (2, 2)))
 _wide_joined, _long_joined = (_make_products(*tiles, True) for tiles in ((1, 4), (2, 2)))
 _store_products = _make("store", 1, _emit_store)
 _unpack_fast, _unpack_accurate, _unpack_q8 = (_make_unpack(fmt) for fmt in (FAST, ACCURATE, Q8))
-_scale_two = _make("scale.two", 7, _emit_scale_two)
-_scale_joined = _make("scale.joined", 5, _emit_scale_joined)
 
 
 @inner
@@ -316,15 +308,15 @@ def _unpack(code, block, later, target):  # type: ignore[no-untyped-def]
 
 
 class Work(NamedTuple):
-    """One call. used: address of the int64 numbers of the table's `used_count` slots that hold a tile.
+    """One call. used: address of the int64 numbers of the table's slots, those that hold a tile first.
 
-    width: tiles of a step. tokens: of a product, 16 or 32.
+    targets: address of what _set_targets writes. width: tiles of a step. tokens: of a product, 16 or 32.
     """
 
     inputs: Inputs
     table: int
     used: int
-    used_count: int
+    targets: int
     blocks: int
     width: int
     tokens: int
@@ -334,13 +326,17 @@ class Work(NamedTuple):
 
 @inner
 def _find_used(table):  # type: ignore[no-untyped-def]
-    """Write down, behind a table, which slots hold a tile; returns how many."""
+    """Write down, behind a table, which slots hold a tile, and then which do not; returns how many do."""
     slots = integers(table, (3 * SLOTS,))
-    count = 0
+    count, last = 0, SLOTS - 1
     for slot in range(SLOTS):
         if slots[slot] != 0:
             slots[2 * SLOTS + count] = slot
             count += 1
+    for slot in range(SLOTS):
+        if slots[slot] == 0:
+            slots[2 * SLOTS + last] = slot
+            last -= 1
     return count
 
 
@@ -348,80 +344,82 @@ def _find_used(table):  # type: ignore[no-untyped-def]
 def _unpack_step(work, block, step, target):  # type: ignore[no-untyped-def]
     slots, used = integers(work.table, (2 * SLOTS,)), integers(work.used, (SLOTS,))
     size, later = block_bytes(work.inputs.code), block + AHEAD
-    for number in range(min(work.width, work.used_count - step * work.width)):
+    for number in range(work.width):
         slot = used[step * work.width + number]
         tile = slots[slot]
+        if tile == 0:
+            return
         start = tile + later * size if later < work.blocks else slots[SLOTS + slot] + (later - work.blocks) * size
         _unpack(work.inputs.code, tile + block * size, start, target + number * APART)
 
 
 @inner
-def _products(work, block, token, unpacked):  # type: ignore[no-untyped-def]
-    """Tokens from `token` on times what a step has unpacked, in the tile registers."""
-    a = record_of(work.inputs, work.first + token) + block * BLOCK_K
-    stride = record_bytes(work.inputs.k)
-    if work.inputs.code == ACCURATE_CODE:
-        if work.tokens == TOKENS:
-            _long_joined((a, stride, unpacked))
-        else:
-            _wide_joined((a, stride, unpacked))
-    elif work.tokens == TOKENS:
-        _long((a, stride, unpacked))
-    else:
-        _wide((a, stride, unpacked))
+def _set_targets(work, block, step):  # type: ignore[no-untyped-def]
+    """Where a step's scales are read and its results are added: headers' addresses, and offsets in a row of results.
+
+    A slot without a tile takes another one's scales, and its results mean nothing.
+    """
+    targets, slots, used = integers(work.targets, (2 * SLOTS,)), integers(work.table, (SLOTS,)), work.used
+    numbers = integers(used, (SLOTS,))
+    for column in range(work.width):
+        slot = numbers[step * work.width + column]
+        tile = slots[slot] if slots[slot] != 0 else slots[numbers[0]]
+        targets[column] = tile + block * block_bytes(work.inputs.code)
+        targets[SLOTS + column] = slot * LINE
 
 
 @inner
-def _scale(work, block, step, token, tokens, sums):  # type: ignore[no-untyped-def]
-    """Add to the results what a step's sums come to, of `tokens` tokens from `token` on."""
-    slots, used = integers(work.table, (SLOTS,)), integers(work.used, (SLOTS,))
-    offset = block * block_bytes(work.inputs.code)
-    x_scale = scale_of(work.inputs, work.first + token) + block * work.inputs.rows * 4
-    out, each = work.out + token * SLOTS * LINE, 1 if work.inputs.code == ACCURATE_CODE else 2
-    for number in range(step * work.width, min(work.used_count, (step + 1) * work.width), each):
-        first = used[number]
-        if each == 1:
-            _scale_joined((tokens, sums, slots[first] + offset, x_scale, out + first * LINE))
+def _products(work, block, token, unpacked, sums, x_scale, out):  # type: ignore[no-untyped-def]
+    """Tokens from `token` on times what a step has unpacked; meanwhile sums are added to `out` (_make_products)."""
+    a = record_of(work.inputs, work.first + token) + block * BLOCK_K
+    args = (a, record_bytes(work.inputs.k), unpacked, sums, x_scale, out, work.targets)
+    if work.inputs.code == ACCURATE_CODE:
+        if work.tokens == TOKENS:
+            _long_joined(args)
         else:
-            second = used[min(number + 1, work.used_count - 1)]
-            skip = (second - first) * LINE  # 0 where there is no second one
-            headers = slots[first] + offset, slots[second] + offset
-            _scale_two((tokens, sums, headers[0], headers[1], x_scale, out + first * LINE, skip))
-        sums += HALF_SUMS
+            _wide_joined(args)
+    elif work.tokens == TOKENS:
+        _long(args)
+    else:
+        _wide(args)
 
 
 @inner
 def multiply_tiles(inputs, table, first, size, blocks, out, scratch):  # type: ignore[no-untyped-def]
     """out float32 [size, 128] = rows `first` on of `inputs` times the tiles of a table (packed_rows.py).
 
-    Rows of inputs up to the next multiple of 32 are read. scratch, out: at cache lines.
+    Rows of inputs and of `out` up to the next multiple of 32 are read and written. scratch, out: at cache lines.
 
     A step unpacks a block of `width` tiles and multiplies it with all tokens, 16 (and twice as many tiles) or 32 at a
     time. Results are stored only after something else was done meanwhile: stores that wait hold up all loads from
     addresses that look alike.
     """
     tokens = TILE_ROWS if size <= TILE_ROWS else TOKENS
-    width, count = 2 * TOKENS // tokens, _find_used(table)
+    width, used = 2 * TOKENS // tokens, table + 2 * SLOTS * 8
     if inputs.code == ACCURATE_CODE:
         width //= 2
-    steps = (count + width - 1) // width
-    work = Work(inputs, table, table + 2 * SLOTS * 8, count, blocks, width, tokens, first, out)
-    floats(out, (size * SLOTS * TILE_ROWS,))[:] = 0
+    steps = (_find_used(table) + width - 1) // width
+    work = Work(inputs, table, used, scratch + TARGETS, blocks, width, tokens, first, out)
+    floats(out, ((size + tokens - 1) // tokens * tokens * ROW_BYTES // 4,))[:] = 0
     unpacked, other, sums = scratch, scratch + STEP_BYTES, scratch + SUMS
     _unpack_step(work, 0, 0, unpacked)
-    _products(work, 0, 0, unpacked)
+    _set_targets(work, 0, 0)
+    # nothing is waiting to be added yet: what these sums are is added to rows that nobody reads
+    _products(work, 0, 0, unpacked, sums, scale_of(inputs, first), scratch + WASTE)
     block, step = 0, 0
     while block < blocks:
         next_block, next_step = (block, step + 1) if step + 1 < steps else (block + 1, 0)
         if next_block < blocks:
             _unpack_step(work, next_block, next_step, other)
+        _set_targets(work, block, step)
         for token in range(0, size, tokens):
             _store_products((sums,))
+            x_scale = scale_of(inputs, first + token) + block * inputs.rows * 4
+            target = out + token * ROW_BYTES
             if token + tokens < size:
-                _products(work, block, token + tokens, unpacked)
-            elif next_block < blocks:
-                _products(work, next_block, 0, other)
-            _scale(work, block, step, token, min(tokens, size - token), sums)
+                _products(work, block, token + tokens, unpacked, sums, x_scale, target)
+            else:  # after the last step there is nothing more to multiply, but its sums are still to be added
+                _products(work, min(next_block, blocks - 1), 0, other, sums, x_scale, target)
         block, step = next_block, next_step
         unpacked, other = other, unpacked
 
