@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from quant.kernels.atomics import FUTEX, add_integer, add_word, call_address, load_word, store_word
-from quant.kernels.jit import Kernel, compiled_once
+from quant.kernels.jit import Kernel, compiled_once, inner
 from quant.kernels.team import COUNTER_COUNT, COUNTERS, LINE, SYNC_BYTES, wait_for_change, wake
 from quant.kernels.tiles import integers
 
@@ -77,8 +77,8 @@ def _work(state, number, seen):  # type: ignore[no-untyped-def]
             return seen
 
 
-@compiled_once("int64(int64, int64, int64, int64)")
-def _run(state, function, arguments, parts):  # type: ignore[no-untyped-def]
+@inner
+def _run_kernel(state, function, arguments, parts):  # type: ignore[no-untyped-def]
     """Run a kernel with `parts` threads; the sum of what it returns in each of them."""
     for counter in range(COUNTER_COUNT):
         store_word(state + COUNTERS + counter * LINE, 0)
@@ -95,6 +95,21 @@ def _run(state, function, arguments, parts):  # type: ignore[no-untyped-def]
     while done < parts - 1:
         done = wait_for_change(state + DONE, done, state + DONE_SLEEPERS)
     return result + total[0]
+
+
+@compiled_once("int64(int64, int64, int64, int64)")
+def _run(state, function, arguments, parts):  # type: ignore[no-untyped-def]
+    """One kernel."""
+    return _run_kernel(state, function, arguments, parts)
+
+
+@compiled_once("int64(int64, int64, int64)")
+def _run_all(state, calls, count):  # type: ignore[no-untyped-def]
+    """One kernel after the other. calls: address of int64 [count, 3], function, arguments and parts of each."""
+    rows = integers(calls, (count, 3))
+    for number in range(count):
+        _run_kernel(state, rows[number, 0], rows[number, 1], rows[number, 2])
+    return 0
 
 
 class Pool:
@@ -121,6 +136,18 @@ class Pool:
                 for posted in self._posted[: parts - 1]:
                     posted.put(before)
             return int(_run(self.state, function, address, parts))
+
+    def run_all(self, calls: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+        """Run kernels one after the other: int64 [count, 3], their functions, addresses of arguments and parts."""
+        with self._lock:
+            self._start_workers(int(calls[:, 2].max(initial=1)) - 1)
+            if FUTEX:
+                _run_all(self.state, calls.ctypes.data, len(calls))
+                return
+            for function, arguments, parts in calls.tolist():
+                for posted in self._posted:
+                    posted.release()
+                _run(self.state, function, arguments, parts)
 
     def _own_state(self) -> int:
         """Words of the calling thread alone."""
@@ -155,7 +182,7 @@ def load_job(state):  # type: ignore[no-untyped-def]
     return load_word(state + JOB)
 
 
-POOL_KERNELS = (_work, _run, load_job)  # which every call of a kernel needs
+POOL_KERNELS = (_work, _run, _run_all, load_job)  # which every call of a kernel needs
 _pool = Pool()
 
 
@@ -172,3 +199,8 @@ if hasattr(os, "register_at_fork"):
 def call(kernel: Kernel, arguments: tuple[int, ...], parts: int) -> int:
     """Run a kernel with `parts` threads, at most MAX_THREADS; the sum of what it returns in each of them."""
     return _pool.run(kernel, arguments, min(parts, MAX_THREADS))
+
+
+def call_all(calls: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+    """Run kernels one after the other: int64 [count, 3], their functions, addresses of arguments and parts."""
+    _pool.run_all(calls)
