@@ -11,8 +11,9 @@ from cli.escape import say
 from hybrid_rt.engine import use_threads
 from offload.benchmark.layer import BenchLayers, Extent
 from offload.benchmark.limits import expert_ranges, fastest_read, record_ranges
+from quant.isa import current
 from quant.kernels import thread_count
-from quant.kernels.bandwidth import instruction_set, read_ranges
+from quant.kernels.bandwidth import read_ranges
 from quant.packed import PACKED_FORMATS, PackedFormat
 
 
@@ -31,7 +32,7 @@ def start(fmt: PackedFormat, setup: Setup) -> tuple[Fields, dict[str, Command]]:
         ranges, nbytes = record_ranges(turn.packed, turn.chosen), len(turn.chosen) * layers.record.nbytes
         return timed(lambda: read_ranges(ranges, variant), nbytes)
 
-    about = {"isa": instruction_set(), "threads": thread_count(), "weight_bytes": layers.weight_bytes}
+    about = {"isa": current(), "threads": thread_count(), "weight_bytes": layers.weight_bytes}
     return about, {"run": run, "read": read}
 
 

@@ -14,8 +14,9 @@ from hybrid_rt.moe import MoE
 from offload.benchmark.layer import ENOUGH_BYTES
 from offload.benchmark.limits import expert_ranges, fastest_read, range_bytes
 from offload.experts import CpuExperts
+from quant.isa import current
 from quant.kernels import thread_count
-from quant.kernels.bandwidth import instruction_set, read_ranges
+from quant.kernels.bandwidth import read_ranges
 
 
 def start(folder: Path, threads: int) -> tuple[Fields, dict[str, Command]]:
@@ -46,7 +47,7 @@ def start(folder: Path, threads: int) -> tuple[Fields, dict[str, Command]]:
     def read() -> Fields:
         return timed(lambda: read_ranges(ranges, variant), range_bytes(ranges))
 
-    about = {"isa": instruction_set(), "threads": thread_count(), "decode_ram_bytes": engine.plan.decode_ram_bytes}
+    about = {"isa": current(), "threads": thread_count(), "decode_ram_bytes": engine.plan.decode_ram_bytes}
     return about, {"prefill": prefill, "decode": decode, "read": read}
 
 

@@ -12,11 +12,21 @@ whoever queues them keeps the tensors alive, and unchanged by other streams, unt
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+
+from offload.memory import huge_memory
+
+HUGE_BYTES = 8 * 2**20  # host buffers from here on are in huge pages: kernels walk over many rows of them at a time
+
+
+def in_fake_mode() -> bool:
+    """Whether tensors that are made now are fake."""
+    return is_fake(torch.empty(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +113,9 @@ class CpuBackend:
         return Event()
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        nbytes = prod(shape) * dtype.itemsize
+        if pinned and nbytes >= HUGE_BYTES and not in_fake_mode():
+            return huge_memory(nbytes).view(dtype).view(shape)
         return torch.empty(shape, dtype=dtype, device="cpu" if pinned else self.device)
 
     def record(self, event: Event, stream: Stream) -> None:

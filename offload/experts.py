@@ -125,7 +125,7 @@ class CpuExperts:
         backend.wait(buffers.inputs_ready, buffers.stream)
         for dst, src in zip(host, pending.inputs, strict=True):
             backend.copy(dst, src, buffers.stream)
-        self._launch(*host, buffers.out[:tokens])
+        self._launch(host, buffers.out[:tokens])
         backend.record(buffers.outputs_ready, buffers.stream)
         buffers.pending = pending
         return pending
@@ -133,13 +133,13 @@ class CpuExperts:
     def _submit_on_host(self, x: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype) -> Pending:
         """The kernel reads its inputs as they are."""
         out = empty(*x.shape)
-        self._launch(x, ids.contiguous(), weights, out)
+        self._launch((x, ids.contiguous(), weights), out)
         self.buffers.pending = pending = Pending((x, ids, weights), dtype, out)
         return pending
 
-    def _launch(self, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor | None) -> None:
+    def _launch(self, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
         buffers, stored = self.buffers, (self.table, self.inter_dim, self.stored, self.nodes)
-        args = (x, ids, weights, *stored, buffers.order, buffers.scratch, out)
+        args = (*inputs, *stored, buffers.order, buffers.scratch, out)
         self.backend.launch(buffers.stream, self.kernel, *args)
 
     def sync(self, pending: Pending) -> Tensor:

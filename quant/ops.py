@@ -42,7 +42,7 @@ for _name, _stored in (("moe_experts", "ScalarType weight_dtype"), ("packed_moe_
 def linear(x: Tensor, weight: QuantTensor) -> Tensor:
     """x [..., K] of any float dtype times weight [N, K]: [..., N] in x's dtype, summed in float32.
 
-    For a packed weight, x is rounded to 8 bits in groups of 32.
+    For a packed weight, x is rounded to 8 bits, with one scale for each 128 columns.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor

@@ -2,7 +2,7 @@
 
     <user's cache>/dsr1/kernels/<fingerprint>/<kernel>.bin
 
-A file holds a SHA-256 digest of the rest, which is Numba's compile result, pickled.
+A file holds a SHA-256 digest of the rest, which is what Numba made of a kernel, and which leaves it calls, pickled.
 
 The fingerprint is that of all kernel sources, of Numba and of what LLVM compiles for. Each kernel has one signature and
 so one file, which is put in place whole: processes that compile at once write the same. A file that is damaged counts
@@ -20,7 +20,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import llvmlite
 import numba
@@ -38,31 +38,60 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 KEPT_SECONDS = 30 * 24 * 3600  # for which the code of other versions stays after it was last used
 
 
+class Loadable(Protocol):
+    """A leaf (leaf.py)."""
+
+    def load(self) -> None:
+        """Have its machine code in this process."""
+
+
+LEAVES: dict[str, Loadable] = {}  # by name; those that a kernel may call are there once its module is imported
+
+
 class KernelCache(NullCache):
     """Numba's interface to a cache on disk, for one kernel. It stands as `_cache` in a dispatcher or a CFunc."""
 
     def __init__(self, name: str):
-        self.file = cache_folder() / f"{name}.bin"
+        self.name = name
 
     @property
     def cache_path(self) -> str:
-        return str(self.file.parent)
+        return str(cache_folder())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The compile result on disk; None if there is none that can be used."""
-        content = _read_checked(self.file)
-        if content is None:
+        """The compile result on disk, with the leaves that it calls; None if there is none that can be used."""
+        stored = read_result(self.name)
+        if stored is None:
             return None
+        leaves, reduced = stored
+        for leaf in leaves:
+            LEAVES[leaf].load()
         target_context.refresh()
-        return CompileResult._rebuild(target_context, *pickle.loads(content))
+        return CompileResult._rebuild(target_context, *reduced)
 
     def save_overload(self, sig: Any, cres: Any) -> None:
-        """Keep a compile result, if it can be used by another process and there is room for it."""
-        if cres.library.has_dynamic_globals:
-            return
-        content = dumps(cres._reduce())
-        with contextlib.suppress(OSError):
-            _write_whole(self.file, hashlib.sha256(content).digest() + content)
+        """Keep a compile result, if it can be used by another process."""
+        if not cres.library.has_dynamic_globals:
+            leaves = [function.name for function in cres.library._final_module.functions if function.name in LEAVES]
+            write_result(self.name, (leaves, cres._reduce()))
+
+
+def result_file(name: str) -> Path:
+    """Where the machine code of a kernel or a leaf is kept."""
+    return cache_folder() / f"{name}.bin"
+
+
+def read_result(name: str) -> Any:
+    """What was kept under this name; None if nothing was, or it was damaged."""
+    content = _read_checked(result_file(name))
+    return None if content is None else pickle.loads(content)
+
+
+def write_result(name: str, result: Any) -> None:
+    """Keep something on disk, if there is room for it."""
+    content = dumps(result)
+    with contextlib.suppress(OSError):
+        _write_whole(result_file(name), hashlib.sha256(content).digest() + content)
 
 
 def _read_checked(file: Path) -> bytes | None:

@@ -9,13 +9,12 @@ from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
-from quant.kernels.cache import KernelCache
+from quant.kernels.cache import KernelCache, result_file
 
 # For functions that kernels call: they are compiled into their callers. `shared` ones run in plain Python too; of
 # `inner` ones there is no form that Python could call, which would take a fifth of the time to compile.
-inner: Callable[[Callable[..., Any]], Any] = numba.njit(
-    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
+_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inner: Callable[[Callable[..., Any]], Any] = numba.njit(**_INNER)
 shared: Callable[[Callable[..., Any]], Any] = register_jitable
 
 KERNEL_SIGNATURE = "int64(int64, int64, int64, int64)"
@@ -42,7 +41,7 @@ class Compilable:
     @property
     def ready(self) -> bool:
         """Whether `compile` takes no more than reading the machine code from disk."""
-        return self.compiled or KernelCache(self.name).file.exists()
+        return self.compiled or result_file(self.name).exists()
 
     def compile(self) -> Any:
         """What Numba makes of it, from the cache if it is there."""

@@ -23,6 +23,7 @@ from quant.isa import x86_has
 from quant.kernels.activations import STARTS, offset_of
 from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner
+from quant.kernels.leaf import Leaf
 from quant.kernels.vector import (
     F32,
     I8,
@@ -48,7 +49,7 @@ AHEAD = 1  # blocks between a read and its prefetch
 # Tiles that are read at the same time, a block of each after the other. One stream from memory reaches 0.8 of what the
 # processor can read, four 0.9, eight all of it (with 1 KiB of prefetch; two threads of a Xeon with AMX).
 SLOTS = 8
-ROW_BYTES = SLOTS * LINE  # of a token's results
+ROW_BYTES = (SLOTS + 1) * LINE  # from one token's results to the next: no divisor of 4 KiB, or they would look alike
 SCALE_BITS = 0xFFFF0000  # of a header's word
 BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 
@@ -84,12 +85,14 @@ def make_packed_dot(fmt: PackedFormat, tokens: int) -> Any:
     float32 [tokens, 128] results.
     """
 
+    leaf = _dot_leaf(fmt, tokens)
+
     @intrinsic
     def dot(typingctx, tiles, records, scales, scale_stride, blocks, out):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             tiles, records, scales, *rest = args
             addresses = [builder.extract_value(value, t) for value in (records, scales) for t in range(tokens)]
-            builder.call(_dot_function(builder.module, fmt, tokens), [tiles, *addresses, *rest])
+            builder.call(leaf.declare(builder.module), [tiles, *addresses, *rest])
             return context.get_dummy_value()
 
         many = types.UniTuple(types.int64, tokens)
@@ -98,15 +101,9 @@ def make_packed_dot(fmt: PackedFormat, tokens: int) -> Any:
     return dot
 
 
-def _dot_function(module: Any, fmt: PackedFormat, tokens: int) -> Any:
-    """The code as a function that is never inlined: it is long, and copies of it would take seconds to compile."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * (2 * tokens + 4))
-    function = cgutils.get_or_insert_function(module, kind, f"dsr1.packed_dot.{fmt.name}.{tokens}")
-    if function.is_declaration:
-        function.linkage = "linkonce_odr"
-        function.attributes.add("noinline")
-        tiles, *addresses, scale_stride, blocks, out = function.args
-        builder = ir.IRBuilder(function.append_basic_block("entry"))
+def _dot_leaf(fmt: PackedFormat, tokens: int) -> Leaf:
+    def emit(builder: Any, tiles: Any, *args: Any) -> None:
+        *addresses, scale_stride, blocks, out = args
         inputs = _Inputs(addresses[:tokens], addresses[tokens:], scale_stride, blocks)
         for row in range(tokens):
             for slot in range(SLOTS):
@@ -116,8 +113,8 @@ def _dot_function(module: Any, fmt: PackedFormat, tokens: int) -> Any:
             blocks,
             lambda at: _loop(builder, i64(SLOTS), lambda slot: _tile(builder, fmt, tiles, slot, at, inputs, out)),
         )
-        builder.ret_void()
-    return function
+
+    return Leaf(f"packed_dot.{fmt.name}.{tokens}", 2 * tokens + 4, emit)
 
 
 def _loop(builder: Any, count: Any, body: Callable[[Any], None]) -> None:
@@ -267,6 +264,16 @@ def look_up(builder: Any, codes: Any, table: list[int]) -> Any:
         is_set = builder.icmp_unsigned("!=", builder.and_(codes, _constant(BYTES, 1 << bit)), _constant(BYTES, 0))
         values = [builder.select(is_set, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
     return values[0]
+
+
+def shuffle_bytes(builder: Any, values: Any, places: Any) -> Any:
+    """For AVX-512: values[place] within each 16 bytes, for 64 places below 16."""
+    return _call_in_parts(builder, "llvm.x86.avx512.pshuf.b.512", 1, [values, places])
+
+
+def multiply_high(builder: Any, a: Any, b: Any) -> Any:
+    """For AVX-512: the upper 16 bits of 32 products of unsigned 16-bit numbers."""
+    return _call_in_parts(builder, "llvm.x86.avx512.pmulhu.w.512", 1, [a, b])
 
 
 def dot_bytes(builder: Any, sums: Any, weights: Any, x: Any) -> Any:

@@ -21,6 +21,7 @@ from quant.kernels.activations import (
 )
 from quant.kernels.atomics import add_word, arguments_of
 from quant.kernels.jit import Kernel, inner, shared
+from quant.kernels.packed_dot import SLOTS
 from quant.kernels.packed_linear import padded_rows, unit_tiles
 from quant.kernels.packed_rows import HALF, RESULTS, TABLE_BYTES, Rows, multiply_rows, set_tiles, tile_bytes
 from quant.kernels.packed_tiles import SCRATCH_BYTES, TOKENS, uses_tiles
@@ -33,7 +34,7 @@ from quant.kernels.routing import (
     sort_for_team,
     sorted_pairs,
 )
-from quant.kernels.silu import silu_times
+from quant.kernels.silu import silu_lanes
 from quant.kernels.team import COUNTER_COUNT, Team, barrier, take
 from quant.kernels.tile_unit import use_tile_unit
 from quant.kernels.tiles import floats, integers, share
@@ -43,6 +44,7 @@ TABLE_COLUMNS = 3  # addresses of w1, w3, w2
 BLOCK_TILES = BLOCK_K // TILE_ROWS  # tiles of w1 and of w3 that give one block of hidden
 FEW_PAIRS = 64  # up to here a unit of step 2 is four tiles of w1 and w3, beyond a block's 8
 COLUMN_UNITS = 8  # units of step 3 that each thread gets, if there are enough columns
+MOST_TABLES = 4  # of 8 tiles in a unit of step 3
 GATE_UP, DOWN = 0, 1  # counters of the team, two for each node
 MOST_NODES = COUNTER_COUNT // 2
 
@@ -194,11 +196,12 @@ def _gate_up_tiles(layer, team, rows, tile, place):  # type: ignore[no-untyped-d
     """
     results, table = _own(layer, team), _tile_table(layer, team)
     multiply_rows(_gate_up_inputs(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
-    count = min(HALF * TILE_ROWS, layer.inter - tile * TILE_ROWS)
+    tiles = min(HALF, (layer.inter + TILE_ROWS - 1) // TILE_ROWS - tile)
     for row in range(rows.size):
-        gates = floats(results + row * RESULTS * 4, (count,))
-        silu_times(gates, floats(results + (row * RESULTS + HALF * TILE_ROWS) * 4, (count,)))
-        floats(place[0] + row * place[1], (count,))[:] = gates
+        gates, target = results + row * RESULTS * 4, place[0] + row * place[1]
+        for number in range(tiles):
+            offset = number * TILE_ROWS * 4
+            silu_lanes(gates + offset, gates + HALF * TILE_ROWS * 4 + offset, target + offset)
 
 
 @inner
@@ -300,7 +303,10 @@ def _add_down(layer, results, start, count, columns):  # type: ignore[no-untyped
 def _column_unit(layer, team, node, number):  # type: ignore[no-untyped-def]
     """Unit `number` of step 3 on a node: its first tile of w2 and the end; empty beyond the last."""
     first, end = share((layer.dim + TILE_ROWS - 1) // TILE_ROWS, node, layer.nodes)
-    each = unit_tiles((end - first) * layer.nodes, COLUMN_UNITS * team.parts)
+    units = COLUMN_UNITS * team.parts
+    each = unit_tiles((end - first) * layer.nodes, units)
+    if each == SLOTS and not _is_few(layer):  # several tables for each reading of an expert's hidden values
+        each = max(1, min(MOST_TABLES, (end - first) * layer.nodes // (units * SLOTS))) * SLOTS
     return min(first + number * each, end), min(first + (number + 1) * each, end)
 
 
@@ -311,13 +317,16 @@ def _down_expert(layer, team, node, expert, unit, then):  # type: ignore[no-unty
     results, table, size = _own(layer, team), _tile_table(layer, team), tile_bytes(_hidden(layer))
     matrix = addresses[node * layer.experts + expert, 2]
     following = addresses[node * layer.experts + then[0], 2] + then[1] * size
-    for half in range(2):
-        set_tiles(table, half * HALF, matrix, unit[0] + half * HALF, unit[1], following + half * HALF * size, size)
     starts, _ = sorted_pairs(layer)
     rows = Rows(starts[expert], starts[expert + 1] - starts[expert], 0, 1)
-    multiply_rows(_hidden(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
-    columns = unit[0] * TILE_ROWS, min(unit[1] * TILE_ROWS, layer.dim)
-    _add_down(layer, results, rows.first, rows.size, columns)
+    for tile in range(unit[0], unit[1], SLOTS):
+        end = min(tile + SLOTS, unit[1])
+        later = matrix + end * size if end < unit[1] else following
+        for half in range(2):
+            set_tiles(table, half * HALF, matrix, tile + half * HALF, end, later + half * HALF * size, size)
+        multiply_rows(_hidden(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
+        columns = tile * TILE_ROWS, min(end * TILE_ROWS, layer.dim)
+        _add_down(layer, results, rows.first, rows.size, columns)
 
 
 @inner

@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 from quant.kernels.activations import k_blocks, record_of, scale_of
 from quant.kernels.jit import inner
-from quant.kernels.packed_dot import SLOTS, block_bytes, dot_tiles
+from quant.kernels.packed_dot import ROW_BYTES, SLOTS, block_bytes, dot_tiles
 from quant.kernels.packed_tiles import HAS_TILES, multiply_tiles, uses_tiles
 from quant.kernels.tiles import integers
 from quant.kernels.vector import TOKEN_TILE
-from quant.packed import BLOCK_K
 
 HALF = SLOTS // 2
-RESULTS = BLOCK_K  # float32 of a token
+RESULTS = ROW_BYTES // 4  # float32 from one token's results to the next
 TABLE_BYTES = 3 * SLOTS * 8
 
 
@@ -102,7 +101,8 @@ def tile_bytes(inputs):  # type: ignore[no-untyped-def]
 def multiply_rows(inputs, rows, table, granted, out, scratch):  # type: ignore[no-untyped-def]
     """out float32 [rows.size rounded up to 4, 128] = rows of inputs times the tiles of a table.
 
-    granted: whether AMX may be used; then rows have no numbers, and those up to the next multiple of 32 are there.
+    granted: whether AMX may be used; then rows have no numbers, and those up to the next multiple of 32
+    are there, of inputs and of out.
     scratch: packed_tiles.SCRATCH_BYTES.
     """
     if uses_tiles(granted, rows.size):

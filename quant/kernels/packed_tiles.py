@@ -5,8 +5,8 @@ operand, and multiplied with up to 32 tokens at a time. `accurate` has products 
 256 * high + low. The block's sums are those of packed_dot.py, exactly, and so is what follows: one product with
 the scales, in order of k. So it does not matter which of the two ways a token takes.
 
-Four steps, a function each: unpack, multiply, store (int32 [tokens, 32]), scale and add up (to float32 [tokens, 128]).
-The next block is unpacked, and the last one scaled, while the tile unit multiplies.
+Unpacked weights and tokens are multiplied in tile registers, stored as int32, scaled, and added to float32 results.
+The tile unit multiplies for 16 cycles each time: meanwhile the last products are scaled, instruction by instruction.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,10 @@ from quant.isa import x86_has
 from quant.kernels.activations import Inputs, record_bytes, record_of, scale_of
 from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner, shared
+from quant.kernels.leaf import Leaf
 from quant.kernels.packed_dot import (
     BYTES,
+    ROW_BYTES,
     SCALE_BITS,
     SHORTS,
     SLOTS,
@@ -30,7 +32,9 @@ from quant.kernels.packed_dot import (
     code_quad,
     group_integers,
     look_up,
+    multiply_high,
     prefetch,
+    shuffle_bytes,
 )
 from quant.kernels.tiles import floats, integers
 from quant.kernels.vector import (
@@ -45,7 +49,7 @@ from quant.kernels.vector import (
     splat,
     splat_bits,
 )
-from quant.packed import ACCURATE, BLOCK_K, FAST, LINE, Q8, TILE_ROWS, PackedFormat
+from quant.packed import ACCURATE, BLOCK_K, FAST, INTEGER_STEP, LINE, LOWEST_INTEGER, Q8, TILE_ROWS, PackedFormat
 
 HAS_TILES = x86_has("amx-int8") and x86_has("avx512vnni")
 TILE_TOKENS = 5  # from here on tiles are faster than packed_dot.py's four tokens at a time
@@ -54,34 +58,26 @@ TOKENS = 32  # at a time
 TILE_K = 64  # columns of a tile
 TILE_BYTES = TILE_ROWS * TILE_K
 UNPACKED = 2 * (BLOCK_K // TILE_K) * TILE_BYTES  # of a block: high and low bytes
-AHEAD = 1  # blocks between an unpacked one and its prefetch
-# Scratch: what two steps unpack, and the sums of one.
-SUMS_BYTES = TOKENS * PAIR_ROWS * 4
-SUMS = 4 * UNPACKED
-SCRATCH_BYTES = SUMS + SUMS_BYTES
-
-
-def _function(module: Any, name: str, count: int, emit: Callable[..., None]) -> Any:
-    """A function of `count` int64 that is never inlined; emit(builder, *arguments) writes it at its first use."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * count)
-    function = cgutils.get_or_insert_function(module, kind, f"dsr1.tiles.{name}")
-    if function.is_declaration:
-        function.linkage = "linkonce_odr"
-        function.attributes.add("noinline")
-        builder = ir.IRBuilder(function.append_basic_block("entry"))
-        emit(builder, *function.args)
-        builder.ret_void()
-    return function
+APART = UNPACKED + 5 * LINE  # bytes from one unpacked tile to the next: a multiple of 4 KiB would make them look alike
+AHEAD = 2  # blocks between an unpacked one and its prefetch
+# Scratch: what two steps unpack, up to four tiles each; the sums of one; where those go.
+STEP_BYTES = 4 * APART
+SUMS = 2 * STEP_BYTES
+HALF_SUMS = TILE_ROWS * PAIR_ROWS * 4  # of 16 tokens and two tiles, or of 16 more tokens
+TARGETS = SUMS + 2 * HALF_SUMS
+WASTE = TARGETS + 2 * SLOTS * 8  # results that nobody reads
+SCRATCH_BYTES = WASTE + TOKENS * ROW_BYTES
 
 
 def _make(name: str, count: int, emit: Callable[..., None]) -> Any:
     """Intrinsic of a tuple of `count` int64 that calls the function that `emit` writes."""
+    leaf = Leaf(f"tiles.{name}", count, emit)
 
     @intrinsic
     def call(typingctx, arguments):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             values = [builder.extract_value(args[0], number) for number in range(count)]
-            builder.call(_function(builder.module, name, count, emit), values)
+            builder.call(leaf.declare(builder.module), values)
             return context.get_dummy_value()
 
         return types.void(types.UniTuple(types.int64, count)), codegen
@@ -127,37 +123,74 @@ def _release_tiles(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
-def _make_products(a_tiles: int, low_is_unsigned: bool) -> Any:
-    """(a, stride, b0, b1): into tile registers, int32 [16 a_tiles, 32] = tokens of a block times two unpacked ones.
+def _make_products(a_tiles: int, b_tiles: int, is_joined: bool) -> Any:
+    """(a, stride, b, sums, x_scale, out, targets): products of a block of tokens and unpacked tiles into registers.
 
-    a: address of the first token's 128 bytes, the others' are `stride` apart. b0 gives columns 0..15 of the sums, b1
-    the others; with `low_is_unsigned`, b1's bytes are unsigned.
+    a: address of the first token's 128 bytes, the others' are `stride` apart. b: address of the first unpacked tile;
+    the others follow APART bytes apart. `is_joined`: each has signed high bytes, and unsigned low ones after them.
+    There are 4 results: token tiles times b tiles, or times halves of them.
+
+    Meanwhile the sums of the products before are scaled and added to `out` (_add_scaled).
     """
+    operands = [(tile, half) for tile in range(b_tiles // (1 + is_joined)) for half in range(1 + is_joined)]
+    tokens, columns = a_tiles * TILE_ROWS, b_tiles // (1 + is_joined)
 
-    def emit(builder: Any, a: Any, stride: Any, b0: Any, b1: Any) -> None:
-        for number in range(2 * a_tiles):
+    def emit(builder: Any, *args: Any) -> None:
+        a, stride, b, sums, x_scale, out, targets = args
+        chunks = tokens * columns // (2 * len(operands) * a_tiles)
+        lines = [(token, column) for column in range(columns) for token in range(tokens)]
+        factors = [_scales_of(builder, _load_address(builder, targets, 8 * column)) for column in range(columns)]
+        places = [builder.add(out, _load_address(builder, targets, 8 * (SLOTS + column))) for column in range(columns)]
+        for number in range(4):
             _void(builder, "tilezero", [_tile(number)])
         for step in range(BLOCK_K // TILE_K):
-            for number, b in enumerate((b0, b1)):
-                _void(builder, "tileloadd64", [_tile(6 + number), _at(builder, b, step * TILE_BYTES), i64(TILE_K)])
             for row in range(a_tiles):
                 first = builder.add(a, builder.mul(stride, i64(row * TILE_ROWS)))
                 _void(builder, "tileloadd64", [_tile(4 + row), _at(builder, first, step * TILE_K), stride])
-                for number, product in enumerate(("tdpbssd", "tdpbsud" if low_is_unsigned else "tdpbssd")):
-                    _void(builder, product, [_tile(2 * row + number), _tile(4 + row), _tile(6 + number)])
+            for number, (tile, half) in enumerate(operands):
+                register, product = _tile(6 + number % 2), "tdpbsud" if half else "tdpbssd"
+                place = tile * APART + half * (UNPACKED // 2) + step * TILE_BYTES
+                _void(builder, "tileloadd64", [register, _at(builder, b, place), i64(TILE_K)])
+                for row in range(a_tiles):
+                    _void(builder, product, [_tile(row * len(operands) + number), _tile(4 + row), register])
+                    for token, column in lines[:chunks]:
+                        _add_scaled(builder, sums, (token, column), is_joined, factors[column], x_scale, places[column])
+                    del lines[:chunks]
+        assert not lines
 
-    return _make(f"products.{a_tiles}.{low_is_unsigned}", 4, emit)
+    return _make(f"products.{a_tiles}.{b_tiles}.{is_joined}", 7, emit)
 
 
-def _make_store(a_tiles: int) -> Any:
-    """(sums): the products of the tile registers to int32 [16 a_tiles, 32]."""
+def _load_address(builder: Any, base: Any, offset: int) -> Any:
+    return builder.load(_at(builder, base, offset), typ=I64, align=8)
 
-    def emit(builder: Any, sums: Any) -> None:
-        for number in range(2 * a_tiles):
-            place = number // 2 * TILE_ROWS * PAIR_ROWS * 4 + number % 2 * LINE
-            _void(builder, "tilestored64", [_tile(number), _at(builder, sums, place), i64(PAIR_ROWS * 4)])
 
-    return _make(f"store.{a_tiles}", 1, emit)
+def _add_scaled(
+    builder: Any, sums: Any, at: tuple[int, int], is_joined: bool, d: Any, x_scale: Any, place: Any
+) -> None:
+    """place[token] += sums[token, column] * (d * the token's scale), 16 rows of weights; `at`: token and column.
+
+    Joined sums are 256 * high + low, 32 of them a token. Others lie two columns side by side, and then the next two.
+    """
+    token, column = at
+    pair, half = (column, 0) if is_joined else (column // 2, column % 2)
+    line = pair * HALF_SUMS + token * PAIR_ROWS * 4 + half * LINE
+    integer = builder.load(_at(builder, sums, line), typ=VI, align=LINE)
+    if is_joined:
+        low = builder.load(_at(builder, sums, line + LINE), typ=VI, align=LINE)
+        integer = builder.add(builder.shl(integer, splat_bits(8)), low)
+    scale = splat(builder, builder.load(_at(builder, x_scale, 4 * token), typ=F32, align=4), VF)
+    target = _at(builder, place, token * ROW_BYTES)
+    total = builder.load(target, typ=VF, align=LINE)
+    later = multiply_add(builder, builder.sitofp(integer, VF), builder.fmul(d, scale), total)
+    builder.store(later, target).align = LINE
+
+
+def _emit_store(builder: Any, sums: Any) -> None:
+    """Four products to two times int32 [16, 32]."""
+    for number in range(4):
+        place = number // 2 * HALF_SUMS + number % 2 * LINE
+        _void(builder, "tilestored64", [_tile(number), _at(builder, sums, place), i64(PAIR_ROWS * 4)])
 
 
 def _make_unpack(fmt: PackedFormat) -> Any:
@@ -176,14 +209,14 @@ def _make_unpack(fmt: PackedFormat) -> Any:
             for number in range(group * quads, (group + 1) * quads):
                 if number * fmt.bits % 8 == 0:
                     prefetch(builder, builder.add(later, i64(fmt.header_bytes + LINE * number * fmt.bits // 8)))
-                for half, values in enumerate(write(code_quad(builder, fmt, block, number))):
+                for half, values in enumerate(write(number)):
                     place = _at(builder, target, half * UNPACKED // 2 + number * LINE)
                     builder.store(builder.bitcast(values, BYTES), place).align = LINE
 
     return _make(f"unpack.{fmt.name}", 3, emit)
 
 
-Write = Callable[[Any], list[Any]]
+Write = Callable[[int], list[Any]]  # of four columns' number: their bytes
 
 
 def _twice(builder: Any, word: Any) -> Any:
@@ -199,19 +232,28 @@ def _shorts(value: int) -> ir.Constant:
 def _write_fast(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Write:
     """integer * (code - 8) from |integer| * code, which fits an unsigned byte, so one 16-bit product makes two.
 
-    A negative integer turns the codes round: -s (code - 8) = s ((15 - code) - 7).
+    A negative integer turns the codes round: -s (code - 8) = s ((15 - code) - 7). What is needed of an integer is
+    looked up from its 4 bits c, once in each byte of a row. Codes in upper halves of bytes are multiplied where they
+    are: 16 code * 4096 |integer| is what is wanted times 65536.
     """
-    s = _twice(builder, group_integers(builder, fmt, block, group))
-    negative = builder.ashr(s, _shorts(15))
-    size = builder.sub(builder.xor(s, negative), negative)
-    turn = builder.and_(negative, _shorts(0x0F0F))
-    middle = builder.add(builder.mul(size, _shorts(fmt.zero)), builder.and_(s, negative))
-    middles = builder.bitcast(builder.or_(middle, builder.shl(middle, _shorts(8))), BYTES)
+    word = builder.load(builder.inttoptr(block, POINTER), typ=VI, align=LINE)
+    moved = builder.bitcast(builder.lshr(word, splat_bits(4 * group)) if group else word, BYTES)
+    first_bytes = ir.Constant(VI, [0x01010101 * (4 * row) for row in range(4)] * 4)
+    c = builder.and_(shuffle_bytes(builder, moved, builder.bitcast(first_bytes, BYTES)), ir.Constant(BYTES, [15] * 64))
+    integers = [LOWEST_INTEGER["odd4"] + INTEGER_STEP["odd4"] * number for number in range(16)]
+    turn = look_up(builder, c, [255 if s < 0 else 0 for s in integers])
+    middle = look_up(builder, c, [fmt.zero * s if s > 0 else (15 - fmt.zero) * -s for s in integers])
+    size = builder.bitcast(look_up(builder, c, [abs(s) for s in integers]), SHORTS)
+    low, high = builder.and_(size, _shorts(0xFF)), builder.and_(builder.shl(size, _shorts(4)), _shorts(0xF000))
 
-    def write(codes: Any) -> list[Any]:
-        turned = builder.xor(builder.bitcast(codes, SHORTS), turn)
-        products = builder.bitcast(builder.mul(turned, size), BYTES)
-        return [builder.sub(products, middles)]
+    def write(number: int) -> list[Any]:
+        line = builder.load(_at(builder, block, fmt.header_bytes + LINE * (number // 2)), typ=BYTES, align=LINE)
+        turned = builder.bitcast(builder.xor(line, turn), SHORTS)
+        if number % 2:
+            products = multiply_high(builder, builder.and_(turned, _shorts(0xF0F0)), high)
+        else:
+            products = builder.mul(builder.and_(turned, _shorts(0x0F0F)), low)
+        return [builder.sub(builder.bitcast(products, BYTES), middle)]
 
     return write
 
@@ -222,8 +264,8 @@ def _write_accurate(builder: Any, fmt: PackedFormat, block: Any, group: int) -> 
     s, eight, levels = _twice(builder, group_integers(builder, fmt, block, group)), _shorts(8), list(fmt.levels)
     low_bytes = _shorts(0xFF)
 
-    def write(codes: Any) -> list[Any]:
-        level = builder.bitcast(look_up(builder, codes, levels), SHORTS)
+    def write(number: int) -> list[Any]:
+        level = builder.bitcast(look_up(builder, code_quad(builder, fmt, block, number), levels), SHORTS)
         even = builder.mul(builder.ashr(builder.shl(level, eight), eight), s)
         odd = builder.mul(builder.ashr(level, eight), s)
         high = builder.or_(builder.lshr(even, eight), builder.and_(odd, _shorts(0xFF00)))
@@ -234,36 +276,11 @@ def _write_accurate(builder: Any, fmt: PackedFormat, block: Any, group: int) -> 
 
 
 def _write_q8(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Write:
-    return lambda codes: [builder.xor(codes, ir.Constant(BYTES, [fmt.zero] * 64))]
+    zero = ir.Constant(BYTES, [fmt.zero] * 64)
+    return lambda number: [builder.xor(code_quad(builder, fmt, block, number), zero)]
 
 
 _WRITERS = {"fast": _write_fast, "accurate": _write_accurate, "q8": _write_q8}
-
-
-def _emit_scale(builder: Any, count: Any, sums: Any, headers: list[Any], x_scale: Any, outs: list[Any]) -> None:
-    """outs float32 [count, 128] += sums times d and the token's scale. With one header, sums are 256 * high + low."""
-    ds = [_scales_of(builder, header) for header in headers]
-    entry, loop, end = builder.block, builder.append_basic_block("token"), builder.append_basic_block("end")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    at = builder.phi(I64)
-    line, row = builder.add(sums, builder.mul(at, i64(PAIR_ROWS * 4))), builder.mul(at, i64(SLOTS * LINE))
-    scale = builder.load(builder.inttoptr(builder.add(x_scale, builder.mul(at, i64(4))), POINTER), typ=F32)
-    scale = splat(builder, scale, VF)
-    integers = [builder.load(_at(builder, line, LINE * half), typ=VI, align=LINE) for half in (0, 1)]
-    if len(headers) == 1:
-        integers = [builder.add(builder.shl(integers[0], splat_bits(8)), integers[1])]
-    factors = [builder.fmul(d, scale) for d in ds]
-    places = [builder.inttoptr(builder.add(out, row), POINTER) for out in outs]
-    totals = [builder.load(place, typ=VF, align=LINE) for place in places]
-    # the first one last: where both are one, there is no second
-    for place, integer, factor, total in reversed(list(zip(places, integers, factors, totals, strict=True))):
-        builder.store(multiply_add(builder, builder.sitofp(integer, VF), factor, total), place).align = LINE
-    following = builder.add(at, i64(1))
-    at.add_incoming(i64(0), entry)
-    at.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
-    builder.position_at_end(end)
 
 
 def _scales_of(builder: Any, header: Any) -> Any:
@@ -271,24 +288,13 @@ def _scales_of(builder: Any, header: Any) -> Any:
     return builder.bitcast(builder.and_(word, splat_bits(SCALE_BITS)), VF)
 
 
-def _emit_scale_two(builder: Any, count: Any, sums: Any, first: Any, second: Any, x_scale: Any, *outs: Any) -> None:
-    out, skip = outs
-    _emit_scale(builder, count, sums, [first, second], x_scale, [out, builder.add(out, skip)])
-
-
-def _emit_scale_joined(builder: Any, count: Any, sums: Any, header: Any, x_scale: Any, out: Any) -> None:
-    _emit_scale(builder, count, sums, [header], x_scale, [out])
-
-
 # The Python signatures of intrinsics have one argument more than their callers give.
 configure_tiles: Any = _configure_tiles
 release_tiles: Any = _release_tiles
-_products_16, _products_32 = (_make_products(tiles, False) for tiles in (1, 2))
-_products_16_joined, _products_32_joined = (_make_products(tiles, True) for tiles in (1, 2))
-_store_16, _store_32 = (_make_store(tiles) for tiles in (1, 2))
+_wide, _long = (_make_products(*tiles, False) for tiles in ((1, 4), (2, 2)))
+_wide_joined, _long_joined = (_make_products(*tiles, True) for tiles in ((1, 4), (2, 2)))
+_store_products = _make("store", 1, _emit_store)
 _unpack_fast, _unpack_accurate, _unpack_q8 = (_make_unpack(fmt) for fmt in (FAST, ACCURATE, Q8))
-_scale_two = _make("scale.two", 7, _emit_scale_two)
-_scale_joined = _make("scale.joined", 5, _emit_scale_joined)
 
 
 @inner
@@ -302,120 +308,118 @@ def _unpack(code, block, later, target):  # type: ignore[no-untyped-def]
 
 
 class Work(NamedTuple):
-    """One call. used: address of the int64 numbers of the table's slots that hold a tile; steps: of each block."""
+    """One call. used: address of the int64 numbers of the table's slots, those that hold a tile first.
+
+    targets: address of what _set_targets writes. width: tiles of a step. tokens: of a product, 16 or 32.
+    """
 
     inputs: Inputs
     table: int
     used: int
-    count: int
+    targets: int
     blocks: int
-    steps: int
+    width: int
+    tokens: int
     first: int
     out: int
-    scratch: int
 
 
 @inner
 def _find_used(table):  # type: ignore[no-untyped-def]
-    """Write down, behind a table, which slots hold a tile; returns how many."""
+    """Write down, behind a table, which slots hold a tile, and then which do not; returns how many do."""
     slots = integers(table, (3 * SLOTS,))
-    count = 0
+    count, last = 0, SLOTS - 1
     for slot in range(SLOTS):
         if slots[slot] != 0:
             slots[2 * SLOTS + count] = slot
             count += 1
+    for slot in range(SLOTS):
+        if slots[slot] == 0:
+            slots[2 * SLOTS + last] = slot
+            last -= 1
     return count
 
 
 @inner
-def _slots_of(work, step):  # type: ignore[no-untyped-def]
-    """The two slots of a step; of `accurate`, whose tile has two bytes a weight, it is one."""
-    used = integers(work.used, (SLOTS,))
-    if work.inputs.code == ACCURATE_CODE:
-        return used[step], used[step]
-    last = 2 * step + 1 if 2 * step + 1 < work.count else 2 * step
-    return used[2 * step], used[last]
-
-
-@inner
 def _unpack_step(work, block, step, target):  # type: ignore[no-untyped-def]
-    slots, size = integers(work.table, (2 * SLOTS,)), block_bytes(work.inputs.code)
-    first, second = _slots_of(work, step)
-    later = block + AHEAD
-    for number in range(1 if first == second else 2):
-        slot = first if number == 0 else second
+    slots, used = integers(work.table, (2 * SLOTS,)), integers(work.used, (SLOTS,))
+    size, later = block_bytes(work.inputs.code), block + AHEAD
+    for number in range(work.width):
+        slot = used[step * work.width + number]
         tile = slots[slot]
+        if tile == 0:
+            return
         start = tile + later * size if later < work.blocks else slots[SLOTS + slot] + (later - work.blocks) * size
-        _unpack(work.inputs.code, tile + block * size, start, target + number * UNPACKED)
+        _unpack(work.inputs.code, tile + block * size, start, target + number * APART)
 
 
 @inner
-def _products(work, block, token, tokens, unpacked):  # type: ignore[no-untyped-def]
-    """Up to 32 tokens times what a step has unpacked, in the tile registers."""
+def _set_targets(work, block, step):  # type: ignore[no-untyped-def]
+    """Where a step's scales are read and its results are added: headers' addresses, and offsets in a row of results.
+
+    A slot without a tile takes another one's scales, and its results mean nothing.
+    """
+    targets, slots, used = integers(work.targets, (2 * SLOTS,)), integers(work.table, (SLOTS,)), work.used
+    numbers = integers(used, (SLOTS,))
+    for column in range(work.width):
+        slot = numbers[step * work.width + column]
+        tile = slots[slot] if slots[slot] != 0 else slots[numbers[0]]
+        targets[column] = tile + block * block_bytes(work.inputs.code)
+        targets[SLOTS + column] = slot * LINE
+
+
+@inner
+def _products(work, block, token, unpacked, sums, x_scale, out):  # type: ignore[no-untyped-def]
+    """Tokens from `token` on times what a step has unpacked; meanwhile sums are added to `out` (_make_products)."""
     a = record_of(work.inputs, work.first + token) + block * BLOCK_K
-    stride = record_bytes(work.inputs.k)
+    args = (a, record_bytes(work.inputs.k), unpacked, sums, x_scale, out, work.targets)
     if work.inputs.code == ACCURATE_CODE:
-        if tokens > TILE_ROWS:
-            _products_32_joined((a, stride, unpacked, unpacked + UNPACKED // 2))
+        if work.tokens == TOKENS:
+            _long_joined(args)
         else:
-            _products_16_joined((a, stride, unpacked, unpacked + UNPACKED // 2))
-    elif tokens > TILE_ROWS:
-        _products_32((a, stride, unpacked, unpacked + UNPACKED))
+            _wide_joined(args)
+    elif work.tokens == TOKENS:
+        _long(args)
     else:
-        _products_16((a, stride, unpacked, unpacked + UNPACKED))
-
-
-@inner
-def _store(tokens, sums):  # type: ignore[no-untyped-def]
-    if tokens > TILE_ROWS:
-        _store_32((sums,))
-    else:
-        _store_16((sums,))
-
-
-@inner
-def _scale(work, block, step, token, tokens, sums):  # type: ignore[no-untyped-def]
-    """Add what a step's sums come to. Of `fast` and `q8`, its two slots' results lie side by side, or are one's."""
-    slots, offset = integers(work.table, (SLOTS,)), block * block_bytes(work.inputs.code)
-    first, second = _slots_of(work, step)
-    x_scale = scale_of(work.inputs, work.first + token) + block * work.inputs.rows * 4
-    out = work.out + (token * SLOTS + first) * LINE
-    if work.inputs.code == ACCURATE_CODE:
-        _scale_joined((tokens, sums, slots[first] + offset, x_scale, out))
-    else:
-        skip = (second - first) * LINE  # 0 where there is no second one
-        _scale_two((tokens, sums, slots[first] + offset, slots[second] + offset, x_scale, out, skip))
+        _wide(args)
 
 
 @inner
 def multiply_tiles(inputs, table, first, size, blocks, out, scratch):  # type: ignore[no-untyped-def]
     """out float32 [size, 128] = rows `first` on of `inputs` times the tiles of a table (packed_rows.py).
 
-    Rows of inputs up to the next multiple of 32 are read. scratch, out: at cache lines.
+    Rows of inputs and of `out` up to the next multiple of 32 are read and written. scratch, out: at cache lines.
 
-    A product's results are stored only after something else was done meanwhile: stores that wait hold up all loads
-    from addresses that look alike.
+    A step unpacks a block of `width` tiles and multiplies it with all tokens, 16 (and twice as many tiles) or 32 at a
+    time. Results are stored only after something else was done meanwhile: stores that wait hold up all loads from
+    addresses that look alike.
     """
-    count = _find_used(table)
-    steps = count if inputs.code == ACCURATE_CODE else (count + 1) // 2
-    work = Work(inputs, table, table + 2 * SLOTS * 8, count, blocks, steps, first, out, scratch)
-    floats(out, (size * SLOTS * TILE_ROWS,))[:] = 0
-    unpacked, other, sums = scratch, scratch + 2 * UNPACKED, scratch + SUMS
+    tokens = TILE_ROWS if size <= TILE_ROWS else TOKENS
+    width, used = 2 * TOKENS // tokens, table + 2 * SLOTS * 8
+    if inputs.code == ACCURATE_CODE:
+        width //= 2
+    steps = (_find_used(table) + width - 1) // width
+    work = Work(inputs, table, used, scratch + TARGETS, blocks, width, tokens, first, out)
+    floats(out, ((size + tokens - 1) // tokens * tokens * ROW_BYTES // 4,))[:] = 0
+    unpacked, other, sums = scratch, scratch + STEP_BYTES, scratch + SUMS
     _unpack_step(work, 0, 0, unpacked)
-    _products(work, 0, 0, min(TOKENS, size), unpacked)
+    _set_targets(work, 0, 0)
+    # nothing is waiting to be added yet: what these sums are is added to rows that nobody reads
+    _products(work, 0, 0, unpacked, sums, scale_of(inputs, first), scratch + WASTE)
     block, step = 0, 0
     while block < blocks:
         next_block, next_step = (block, step + 1) if step + 1 < steps else (block + 1, 0)
         if next_block < blocks:
             _unpack_step(work, next_block, next_step, other)
-        for token in range(0, size, TOKENS):
-            tokens = min(TOKENS, size - token)
-            _store(tokens, sums)
-            if token + TOKENS < size:
-                _products(work, block, token + TOKENS, min(TOKENS, size - token - TOKENS), unpacked)
-            elif next_block < blocks:
-                _products(work, next_block, 0, min(TOKENS, size), other)
-            _scale(work, block, step, token, tokens, sums)
+        _set_targets(work, block, step)
+        for token in range(0, size, tokens):
+            _store_products((sums,))
+            x_scale = scale_of(inputs, first + token) + block * inputs.rows * 4
+            target = out + token * ROW_BYTES
+            if token + tokens < size:
+                _products(work, block, token + tokens, unpacked, sums, x_scale, target)
+            else:  # after the last step there is nothing more to multiply, but its sums are still to be added
+                _products(work, min(next_block, blocks - 1), 0, other, sums, x_scale, target)
         block, step = next_block, next_step
         unpacked, other = other, unpacked
 
