@@ -59,13 +59,14 @@ TILE_K = 64  # columns of a tile
 TILE_BYTES = TILE_ROWS * TILE_K
 UNPACKED = 2 * (BLOCK_K // TILE_K) * TILE_BYTES  # of a block: high and low bytes
 APART = UNPACKED + 5 * LINE  # bytes from one unpacked tile to the next: a multiple of 4 KiB would make them look alike
-AHEAD = 2  # blocks between an unpacked one and its prefetch
+AHEAD = 1  # blocks between an unpacked one and its prefetch
+PREFETCHED = 18  # lines of a block that are prefetched between products: all of a 4-bit one
 # Scratch: what two steps unpack, up to four tiles each; the sums of one; where those go.
 STEP_BYTES = 4 * APART
 SUMS = 2 * STEP_BYTES
 HALF_SUMS = TILE_ROWS * PAIR_ROWS * 4  # of 16 tokens and two tiles, or of 16 more tokens
 TARGETS = SUMS + 2 * HALF_SUMS
-WASTE = TARGETS + 2 * SLOTS * 8  # results that nobody reads
+WASTE = TARGETS + 3 * SLOTS * 8  # results that nobody reads
 SCRATCH_BYTES = WASTE + TOKENS * ROW_BYTES
 
 
@@ -130,7 +131,8 @@ def _make_products(a_tiles: int, b_tiles: int, is_joined: bool) -> Any:
     the others follow APART bytes apart. `is_joined`: each has signed high bytes, and unsigned low ones after them.
     There are 4 results: token tiles times b tiles, or times halves of them.
 
-    Meanwhile the sums of the products before are scaled and added to `out` (_add_scaled).
+    Meanwhile the sums of the products before are scaled and added to `out` (_add_scaled), and blocks that are unpacked
+    later are prefetched, a line at a time: more at once than a core can wait for would hold it up.
     """
     operands = [(tile, half) for tile in range(b_tiles // (1 + is_joined)) for half in range(1 + is_joined)]
     tokens, columns = a_tiles * TILE_ROWS, b_tiles // (1 + is_joined)
@@ -141,6 +143,7 @@ def _make_products(a_tiles: int, b_tiles: int, is_joined: bool) -> Any:
         lines = [(token, column) for column in range(columns) for token in range(tokens)]
         factors = [_scales_of(builder, _load_address(builder, targets, 8 * column)) for column in range(columns)]
         places = [builder.add(out, _load_address(builder, targets, 8 * (SLOTS + column))) for column in range(columns)]
+        laters = [_load_address(builder, targets, 8 * (2 * SLOTS + column)) for column in range(columns)]
         for number in range(4):
             _void(builder, "tilezero", [_tile(number)])
         for step in range(BLOCK_K // TILE_K):
@@ -155,6 +158,8 @@ def _make_products(a_tiles: int, b_tiles: int, is_joined: bool) -> Any:
                     _void(builder, product, [_tile(row * len(operands) + number), _tile(4 + row), register])
                     for token, column in lines[:chunks]:
                         _add_scaled(builder, sums, (token, column), is_joined, factors[column], x_scale, places[column])
+                        for line in range(token, PREFETCHED, tokens):
+                            prefetch(builder, builder.add(laters[column], i64(line * LINE)))
                     del lines[:chunks]
         assert not lines
 
@@ -197,18 +202,16 @@ def _make_unpack(fmt: PackedFormat) -> Any:
     """(block, later, target): a block's integer * level as signed bytes [32, 16 rows, 4 columns] at `target`.
 
     Of `accurate` the upper bytes of 16-bit products, and the lower ones, unsigned, after them. `later`: address of a
-    block to prefetch.
+    block of which those lines are prefetched that _make_products leaves out.
     """
 
     def emit(builder: Any, block: Any, later: Any, target: Any) -> None:
-        for offset in range(0, fmt.header_bytes, LINE):
+        for offset in range(PREFETCHED * LINE, fmt.block_bytes, LINE):
             prefetch(builder, builder.add(later, i64(offset)))
         quads = fmt.group // 4
         for group in range(BLOCK_K // fmt.group):
             write = _WRITERS[fmt.name](builder, fmt, block, group)
             for number in range(group * quads, (group + 1) * quads):
-                if number * fmt.bits % 8 == 0:
-                    prefetch(builder, builder.add(later, i64(fmt.header_bytes + LINE * number * fmt.bits // 8)))
                 for half, values in enumerate(write(number)):
                     place = _at(builder, target, half * UNPACKED // 2 + number * LINE)
                     builder.store(builder.bitcast(values, BYTES), place).align = LINE
@@ -341,31 +344,37 @@ def _find_used(table):  # type: ignore[no-untyped-def]
 
 
 @inner
+def _later_block(work, slot, block):  # type: ignore[no-untyped-def]
+    """Address of the block that is unpacked some blocks after `block`: of a slot's tile, or of what follows it."""
+    slots, size, later = integers(work.table, (2 * SLOTS,)), block_bytes(work.inputs.code), block + AHEAD
+    return slots[slot] + later * size if later < work.blocks else slots[SLOTS + slot] + (later - work.blocks) * size
+
+
+@inner
 def _unpack_step(work, block, step, target):  # type: ignore[no-untyped-def]
-    slots, used = integers(work.table, (2 * SLOTS,)), integers(work.used, (SLOTS,))
-    size, later = block_bytes(work.inputs.code), block + AHEAD
+    slots, used = integers(work.table, (SLOTS,)), integers(work.used, (SLOTS,))
     for number in range(work.width):
         slot = used[step * work.width + number]
-        tile = slots[slot]
-        if tile == 0:
+        if slots[slot] == 0:
             return
-        start = tile + later * size if later < work.blocks else slots[SLOTS + slot] + (later - work.blocks) * size
-        _unpack(work.inputs.code, tile + block * size, start, target + number * APART)
+        address = slots[slot] + block * block_bytes(work.inputs.code)
+        _unpack(work.inputs.code, address, _later_block(work, slot, block), target + number * APART)
 
 
 @inner
 def _set_targets(work, block, step):  # type: ignore[no-untyped-def]
-    """Where a step's scales are read and its results are added: headers' addresses, and offsets in a row of results.
+    """For _make_products: addresses of a step's headers, offsets in a row of results, and blocks to prefetch.
 
     A slot without a tile takes another one's scales, and its results mean nothing.
     """
-    targets, slots, used = integers(work.targets, (2 * SLOTS,)), integers(work.table, (SLOTS,)), work.used
-    numbers = integers(used, (SLOTS,))
+    targets, slots = integers(work.targets, (3 * SLOTS,)), integers(work.table, (SLOTS,))
+    used = integers(work.used, (SLOTS,))
     for column in range(work.width):
-        slot = numbers[step * work.width + column]
-        tile = slots[slot] if slots[slot] != 0 else slots[numbers[0]]
-        targets[column] = tile + block * block_bytes(work.inputs.code)
+        slot = used[step * work.width + column]
+        source = slot if slots[slot] != 0 else used[0]
+        targets[column] = slots[source] + block * block_bytes(work.inputs.code)
         targets[SLOTS + column] = slot * LINE
+        targets[2 * SLOTS + column] = _later_block(work, source, block)
 
 
 @inner
