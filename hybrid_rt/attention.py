@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hybrid_rt.layers import Parts, RMSNorm
+from hybrid_rt.layers import Parts, RMSNorm, rms_norm
 from hybrid_rt.rope import Angles, rotate
+from quant import model_ops
 from quant.config import ModelConfig
+from quant.operators import with_cpu_kernel
 
 LATENT_NORM_EPS = 1e-6  # q_norm and kv_norm use it whatever the config's rms_norm_eps says
 
@@ -60,5 +62,15 @@ class MLA(nn.Module):
 
     def latent(self, x: torch.Tensor, angles: Angles) -> torch.Tensor:
         """What the cache holds of each token: the normed latent and the turned rope key, [T, kv_lora + rope]."""
-        kv, k_pe = self.wkv_a(x).split([self.kv_lora_rank, self.head_split[1]], dim=-1)
-        return torch.cat([self.kv_norm(kv), rotate(k_pe, angles)], dim=-1)
+        return make_latents(self.wkv_a(x), self.kv_norm.weight, self.kv_norm.eps, angles.cos, angles.sin)
+
+
+@with_cpu_kernel(
+    "make_latents(Tensor kv, Tensor weight, float eps, Tensor cos, Tensor sin) -> Tensor", model_ops.latents
+)
+def make_latents(
+    kv: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Norm the latents of kv [T, kv_lora + rope] by `weight` [kv_lora], and turn the rope keys behind them."""
+    latent, k_pe = kv.split([weight.shape[0], kv.shape[1] - weight.shape[0]], dim=-1)
+    return torch.cat([rms_norm(latent, weight, eps), rotate(k_pe, Angles(cos, sin))], dim=-1)

@@ -1,9 +1,16 @@
 """The latent cache: what attention keeps of the tokens it has seen."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from offload.backend import Backend
+from quant import model_ops
 from quant.config import ModelConfig
+from quant.operators import with_cpu_kernel
+
+if TYPE_CHECKING:
+    from hybrid_rt.token_step import TokenStep
 
 
 class LatentCache:
@@ -15,6 +22,7 @@ class LatentCache:
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, backend: Backend) -> None:
         self.data = backend.allocate((config.n_layers, capacity, config.latent_dim), dtype)
         self.length = 0
+        self.step: TokenStep | None = None  # a recording of the work of one token on this cache
 
     @property
     def capacity(self) -> int:
@@ -24,7 +32,7 @@ class LatentCache:
     def write(self, layer: int, start: int, latent: torch.Tensor) -> torch.Tensor:
         """Store `latent` [T, kv_lora + rope] of the tokens from `start` on; returns all of the layer up to them."""
         end = start + latent.shape[0]
-        self.data[layer, start:end] = latent
+        copy_rows(self.data[layer, start:end], latent)
         return self.data[layer, :end]
 
     def load(self, latents: torch.Tensor) -> None:
@@ -35,3 +43,9 @@ class LatentCache:
     def valid(self) -> torch.Tensor:
         """The tokens that are stored: [layers, length, kv_lora + rope]."""
         return self.data[:, : self.length]
+
+
+@with_cpu_kernel("copy_rows(Tensor(a!) target, Tensor source) -> ()", model_ops.copy_rows)
+def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target [T, columns] = source."""
+    target.copy_(source)

@@ -15,6 +15,7 @@ from hybrid_rt.rope import softmax_scale
 from hybrid_rt.sampling import Sampling
 from hybrid_rt.session import Session, Step
 from hybrid_rt.thinking import open_thinking
+from hybrid_rt.token_step import TokenStep
 from hybrid_rt.tokenizer import Tokenizer
 from hybrid_rt.trace import Trace, trace_chunks
 from hybrid_rt.transformer import Transformer
@@ -111,17 +112,27 @@ class Engine:
         return self.session().generate(ids, sampling or self.default_sampling)
 
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, cache: LatentCache) -> torch.Tensor:
-        """Append up to `prefill_chunk` tokens (int64 [T]) to `cache`; returns their final states [T, dim]."""
+    def forward(self, ids: torch.Tensor, cache: LatentCache, hooked: bool = False) -> torch.Tensor:
+        """Append up to `prefill_chunk` tokens (int64 [T]) to `cache`; returns their final states [T, dim].
+
+        hooked: whether every module has to be called, because hooks look into it.
+        """
         try:
             with self.backend.counting():
-                context = CachedAttention(cache, ids.shape[0], self.scale)
-                states: torch.Tensor = self.transformer(ids, context)
+                if len(ids) == 1 and self.backend.is_host and not hooked:
+                    states = self._step(cache).forward(ids, cache)
+                else:
+                    states = self.transformer(ids, CachedAttention(cache, len(ids), self.scale))
         except BaseException:  # Ctrl+C among others: the next forward pass needs the buffers
             self.buffers.abandon()
             raise
         cache.length += ids.shape[0]
         return states
+
+    def _step(self, cache: LatentCache) -> TokenStep:
+        if cache.step is None:
+            cache.step = TokenStep(self.transformer, self.scale)
+        return cache.step
 
     @torch.inference_mode()
     def head(self, states: torch.Tensor) -> torch.Tensor:
@@ -144,7 +155,7 @@ class Engine:
         checked = self.check_ids(ids)
         cache = self.new_cache(len(checked))
         return trace_chunks(
-            lambda chunk: self.forward(chunk, cache), self.transformer, checked.split(self.prefill_chunk)
+            lambda chunk: self.forward(chunk, cache, hooked=True), self.transformer, checked.split(self.prefill_chunk)
         )
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]], think: bool | None = None) -> list[int]:

@@ -81,4 +81,16 @@ class MLP(nn.Module):
         self.w1, self.w2, self.w3 = (parts.linear(f"{prefix}.{w}") for w in ("w1", "w2", "w3"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(silu_times(self.w1(x), self.w3(x)))
+
+
+@with_cpu_kernel("silu_times(Tensor gates, Tensor ups) -> Tensor", model_ops.silu_times)
+def silu_times(gates: torch.Tensor, ups: torch.Tensor) -> torch.Tensor:
+    """silu(gates) * ups."""
+    return F.silu(gates) * ups
+
+
+@with_cpu_kernel("add(Tensor a, Tensor b) -> Tensor", model_ops.add)
+def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a + b, of one shape and dtype."""
+    return a + b

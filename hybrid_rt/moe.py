@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hybrid_rt.gate import Gate
-from hybrid_rt.layers import MLP, Parts
+from hybrid_rt.layers import MLP, Parts, add
 from quant.config import ModelConfig
 
 
@@ -21,4 +21,4 @@ class MoE(nn.Module):
         ids, weights = self.gate(x)
         pending = self.experts.submit(x, ids, weights)
         shared = self.shared_experts(x)
-        return shared + self.experts.sync(pending)
+        return add(shared, self.experts.sync(pending))

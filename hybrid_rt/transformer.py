@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hybrid_rt.attention import MLA, AttentionContext
-from hybrid_rt.layers import MLP, Parts, RMSNorm
+from hybrid_rt.layers import MLP, Parts, RMSNorm, add
 from hybrid_rt.moe import MoE
 from hybrid_rt.rope import Angles, Rope
 from quant.config import ModelConfig
@@ -26,8 +26,8 @@ class Block(nn.Module):
         self.ffn = MoE(config, layer, parts) if config.is_moe(layer) else MLP(f"{prefix}.ffn", parts)
 
     def forward(self, x: torch.Tensor, angles: Angles, context: AttentionContext) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), angles, context)
-        return x + self.ffn(self.ffn_norm(x))
+        x = add(x, self.attn(self.attn_norm(x), angles, context))
+        return add(x, self.ffn(self.ffn_norm(x)))
 
 
 class MTP(nn.Module):
@@ -69,8 +69,14 @@ class Transformer(nn.Module):
 
     def forward(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """The final normed states [T, dim] of the tokens `ids` [T]; `head` makes logits of them."""
-        x = F.embedding(ids, self.embed).to(self.dtype)
-        angles = self.rope(context.positions)
+        return self.run(self.embedded(ids), self.rope(context.positions), context)
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the first layer sees of the tokens: [T, dim]."""
+        return F.embedding(ids, self.embed).to(self.dtype)
+
+    def run(self, x: torch.Tensor, angles: Angles, context: AttentionContext) -> torch.Tensor:
+        """All layers and the final norm, on embedded tokens x [T, dim]."""
         for block in self.layers:
             x = block(x, angles, context)
         return self.norm(x)

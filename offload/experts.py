@@ -28,9 +28,11 @@ from torch._subclasses.fake_tensor import is_fake
 from offload.backend import Backend
 from offload.node_experts import NodeExperts
 from quant.config import ModelConfig
+from quant.conversion import as_float32, converted
 from quant.formats import QuantTensor
 from quant.ops import check_weight, moe_scratch_sizes
 from quant.packed import ExpertRecord
+from quant.tape import empty
 
 ExpertWeights = tuple[QuantTensor, QuantTensor, QuantTensor]  # w1 [inter, dim], w2 [dim, inter], w3 [inter, dim]
 
@@ -113,12 +115,9 @@ class CpuExperts:
         backend, buffers, tokens = self.backend, self.buffers, x.shape[0]
         if tokens > buffers.max_tokens:
             raise ValueError(f"{tokens} tokens do not fit expert buffers for {buffers.max_tokens}; pass smaller chunks")
-        inputs = (x.to(torch.float32), ids.to(torch.int64), weights.to(torch.float32))
         if backend.is_host:
-            out = torch.empty(x.shape, dtype=torch.float32)
-            self._launch((inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()), out)
-            buffers.pending = pending = Pending(inputs, x.dtype, out)
-            return pending
+            return self._submit_on_host(as_float32(x), ids.to(torch.int64), as_float32(weights), x.dtype)
+        inputs = (x.to(torch.float32), ids.to(torch.int64), weights.to(torch.float32))
         pending = Pending(inputs, x.dtype)
         host = (buffers.x[:tokens], buffers.ids[:tokens], buffers.weights[:tokens])
 
@@ -129,6 +128,13 @@ class CpuExperts:
         self._launch(host, buffers.out[:tokens])
         backend.record(buffers.outputs_ready, buffers.stream)
         buffers.pending = pending
+        return pending
+
+    def _submit_on_host(self, x: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype) -> Pending:
+        """The kernel reads its inputs as they are."""
+        out = empty(*x.shape)
+        self._launch((x, ids.contiguous(), weights), out)
+        self.buffers.pending = pending = Pending((x, ids, weights), dtype, out)
         return pending
 
     def _launch(self, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
@@ -145,7 +151,7 @@ class CpuExperts:
             )
         if pending.out is not None:
             buffers.pending = None
-            return pending.out.to(pending.dtype)
+            return converted(pending.out, pending.dtype)
         host = buffers.out[: pending.inputs[0].shape[0]]
         out = backend.allocate(tuple(host.shape), host.dtype)
         backend.wait(buffers.outputs_ready, backend.main)

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.kernels import absorbed, decompressed, norm, rope, router
-from quant.kernels.threads import call, parts_for
+from quant.conversion import CODES, VALUE_COST, as_float32
+from quant.kernels import absorbed, decompressed, elementwise, norm, rope, router
+from quant.kernels.jit import Kernel
+from quant.kernels.threads import parts_for
 from quant.kernels.vector import BF16_CODE, F32_CODE
+from quant.tape import call, empty, scratch
 
-CODES = {torch.float32: F32_CODE, torch.bfloat16: BF16_CODE}
 LATENTS_TOGETHER = 512  # that become keys and values at a time
-VALUE_COST = 8  # multiplications that take about as long as a value that is read, changed a little and written
 
 
 @cache
@@ -45,27 +46,73 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, dim] of float32 or bfloat16, weight float32 [dim]."""
+    out = empty(*x.shape, dtype=x.dtype)
+    _norm_into(out, x, weight, eps)
+    return out
+
+
+def _norm_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     code = _code(x, 2)
     rows, dim = x.shape
     _check("a norm's weight", weight, (dim,))
-    out = torch.empty(rows, dim, dtype=x.dtype)
     addresses = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
-    sizes = (rows, dim, x.stride(0) * x.itemsize, code, _float_bits(eps))
+    sizes = (rows, dim, x.stride(0) * x.itemsize, out.stride(0) * out.itemsize, code, _float_bits(eps))
     call(norm.rms_norm, (*addresses, *sizes), parts_for(rows * dim * VALUE_COST))
-    return out
 
 
 def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, rope] of float32 or bfloat16, cos and sin float32 [T, rope / 2]."""
+    out = empty(*x.shape, dtype=x.dtype)
+    _turn_into(out, x, cos, sin)
+    return out
+
+
+def _turn_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     code = _code(x, 3)
     tokens, heads, width = x.shape
     for angles in (cos, sin):
         _check("cosines and sines", angles, (tokens, width // 2))
-    out = torch.empty(tokens, heads, width, dtype=x.dtype)
     addresses = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
-    strides = (x.stride(0) * x.itemsize, x.stride(1) * x.itemsize)
+    strides = tuple(stride * x.itemsize for stride in (x.stride(0), x.stride(1), out.stride(0)))
     call(rope.turn_pairs, (*addresses, tokens, heads, width, *strides, code), parts_for(x.numel() * VALUE_COST))
+
+
+def latents(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """kv [T, C + rope] of float32 or bfloat16; weight float32 [C], cos and sin float32 [T, rope / 2]."""
+    out, lora = empty(*kv.shape, dtype=kv.dtype), weight.shape[0]
+    _norm_into(out[:, :lora], kv[:, :lora], weight, eps)
+    _turn_into(out[:, lora:].unsqueeze(1), kv[:, lora:].unsqueeze(1), cos, sin)
     return out
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, of one shape and of one dtype, float32 or bfloat16."""
+    return _by_value(elementwise.add, a, b)
+
+
+def silu_times(gates: Tensor, ups: Tensor) -> Tensor:
+    """silu(gates) * ups, of one shape and of one dtype, float32 or bfloat16."""
+    return _by_value(elementwise.silu_times, gates, ups)
+
+
+def _by_value(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
+    code = _code(a, a.ndim)
+    if a.shape != b.shape or a.dtype != b.dtype or not (a.is_contiguous() and b.is_contiguous()):
+        raise ValueError(f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)} are not alike and without gaps")
+    out = empty(*a.shape, dtype=a.dtype)
+    arguments = (a.data_ptr(), b.data_ptr(), out.data_ptr(), a.numel(), code)
+    call(kernel, arguments, parts_for(a.numel() * VALUE_COST))
+    return out
+
+
+def copy_rows(target: Tensor, source: Tensor) -> None:
+    """target [T, columns] = source, contiguous, both of one dtype, float32 or bfloat16."""
+    _code(target, 2)
+    if target.shape != source.shape or target.dtype != source.dtype or not source.is_contiguous():
+        raise ValueError(f"{source.dtype} {tuple(source.shape)} does not fit {target.dtype} {tuple(target.shape)}")
+    sizes = (source.shape[0], source.shape[1] * source.itemsize, target.stride(0) * target.itemsize)
+    arguments = (source.data_ptr(), target.data_ptr(), *sizes)
+    call(elementwise.copy_rows, arguments, parts_for(source.numel() * VALUE_COST))
 
 
 def route(
@@ -76,11 +123,11 @@ def route(
     _check("the router's bias", bias, (experts,))
     if not 1 <= limited_groups <= groups or not 1 <= top_k <= experts // groups * limited_groups:
         raise ValueError(f"{top_k} of {experts} experts in {limited_groups} of {groups} groups cannot be chosen")
-    logits = torch.ops.dsr1.linear.default(x.to(torch.float32), weight, None)
-    ids, weights = torch.empty(tokens, top_k, dtype=torch.int64), torch.empty(tokens, top_k)
+    logits = torch.ops.dsr1.linear.default(as_float32(x), weight, None)
+    ids, weights = empty(tokens, top_k, dtype=torch.int64), empty(tokens, top_k)
     parts = parts_for(tokens * experts * top_k * VALUE_COST)
-    scratch = torch.empty(parts * (2 * experts + groups))
-    addresses = (t.data_ptr() for t in (logits, bias, ids, weights, scratch))
+    space = scratch(parts * (2 * experts + groups))
+    addresses = (t.data_ptr() for t in (logits, bias, ids, weights, space))
     sizes = (tokens, experts, groups, limited_groups, top_k, int(normalise), _float_bits(scale))
     call(router.route, (*addresses, *sizes), parts)
     return ids, weights
@@ -124,11 +171,11 @@ def attend_absorbed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor,
     """
     sizes, code = _check_attention(q_nope, q_pe, cached, wkv_b)
     tokens, seen, heads, nope, rope, value, lora = sizes
-    out = torch.empty(tokens, heads, value, dtype=q_nope.dtype)
+    out = empty(tokens, heads, value, dtype=q_nope.dtype)
     work = tokens * heads * (seen * (2 * lora + rope) + (nope + value) * lora)
     parts = min(heads, parts_for(work))
-    scratch = torch.empty(parts * absorbed.scratch_floats(tokens, nope, rope, lora))
-    addresses = (t.data_ptr() for t in (q_nope, q_pe, cached, wkv_b, out, scratch))
+    space = scratch(parts * absorbed.scratch_floats(tokens, nope, rope, lora))
+    addresses = (t.data_ptr() for t in (q_nope, q_pe, cached, wkv_b, out, space))
     rest = (*_query_strides(q_nope, q_pe), _float_bits(scale), code, CODES[wkv_b.dtype])
     call(absorbed.attend_absorbed, (*addresses, *sizes, *rest), parts)
     return out
@@ -138,13 +185,13 @@ def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Ten
     """As attend_absorbed, for many queries."""
     sizes, code = _check_attention(q_nope, q_pe, cached, wkv_b)
     tokens, seen, heads, nope, rope, value, _ = sizes
-    out = torch.empty(tokens, heads, value, dtype=q_nope.dtype)
-    state = torch.empty(heads * decompressed.units(tokens) * decompressed.state_floats(value))
+    out = empty(tokens, heads, value, dtype=q_nope.dtype)
+    state = scratch(heads * decompressed.units(tokens) * decompressed.state_floats(value))
     parts = parts_for(tokens * heads * seen * (nope + rope + value))
-    scratch = torch.empty(parts * decompressed.scratch_floats(nope, rope, LATENTS_TOGETHER))
+    space = scratch(parts * decompressed.scratch_floats(nope, rope, LATENTS_TOGETHER))
     for first in range(0, seen, LATENTS_TOGETHER):
         made = _decompress(cached[first : first + LATENTS_TOGETHER], wkv_b)
-        addresses = (t.data_ptr() for t in (q_nope, q_pe, cached, made, out, state, scratch))
+        addresses = (t.data_ptr() for t in (q_nope, q_pe, cached, made, out, state, space))
         shape = (tokens, seen, first, made.shape[0], heads, nope, rope, value, cached.shape[1])
         rest = (*_query_strides(q_nope, q_pe), _float_bits(scale), code)
         call(decompressed.attend_block, (*addresses, *shape, *rest), parts)
@@ -153,6 +200,6 @@ def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Ten
 
 def _decompress(cached: Tensor, wkv_b: Tensor) -> Tensor:
     """Keys and values of cached latents [S, C + rope]: float32 [S, H * (nope + v)]."""
-    latents = cached[:, : wkv_b.shape[2]].to(torch.float32)
+    latents = as_float32(cached[:, : wkv_b.shape[2]].contiguous())
     made: Tensor = torch.ops.dsr1.linear.default(latents, wkv_b.flatten(0, 1), None)
     return made

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from quant.conversion import as_float32, converted
 from quant.formats import FORMATS, Format, QuantTensor
 from quant.isa import has_tiles
 from quant.kernels import linear as linear_kernel
@@ -17,9 +18,10 @@ from quant.kernels import moe, packed_linear, packed_moe
 from quant.kernels.decode import PACKED_CODES
 from quant.kernels.jit import Kernel
 from quant.kernels.routing import order_integers
-from quant.kernels.threads import call, parts_for, thread_count
+from quant.kernels.threads import parts_for, thread_count
 from quant.kernels.vector import BF16_CODE, F32_CODE, FP8_CODE
 from quant.packed import PACKED_FORMATS, PackedFormat
+from quant.tape import call, empty, scratch
 
 KERNELS: dict[torch.dtype, tuple[Format, int]] = {
     torch.float32: (FORMATS["f32"], F32_CODE),
@@ -40,7 +42,7 @@ for _name, _stored in (("moe_experts", "ScalarType weight_dtype"), ("packed_moe_
 def linear(x: Tensor, weight: QuantTensor) -> Tensor:
     """x [..., K] of any float dtype times weight [N, K]: [..., N] in x's dtype, summed in float32.
 
-    For a packed weight, x is rounded to 8 bits in groups of 32.
+    For a packed weight, x is rounded to 8 bits, with one scale for each 128 columns.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor
@@ -82,15 +84,15 @@ def _check_linear(x: Tensor, data: Tensor, scale: Tensor | None) -> None:
 def _linear_cpu(x: Tensor, data: Tensor, scale: Tensor | None) -> Tensor:
     _check_linear(x, data, scale)
     (tokens, k), n = x.shape, data.shape[0]
-    x32 = x.to(torch.float32).contiguous()
-    out = torch.empty(tokens, n)
+    x32 = as_float32(x)
+    out = empty(tokens, n)
     if out.numel():
         parts = parts_for(tokens * n * k)
-        scratch = torch.empty(parts * linear_kernel.scratch_floats(k))
+        space = scratch(parts * linear_kernel.scratch_floats(k))
         scale_address = 0 if scale is None else scale.data_ptr()
-        tensors = (x32.data_ptr(), data.data_ptr(), scale_address, out.data_ptr(), scratch.data_ptr())
+        tensors = (x32.data_ptr(), data.data_ptr(), scale_address, out.data_ptr(), space.data_ptr())
         call(linear_kernel.linear, (*tensors, tokens, n, k, KERNELS[data.dtype][1]), parts)
-    return out.to(x.dtype)
+    return converted(out, x.dtype)
 
 
 def _linear_fake(x: Tensor, data: Tensor, scale: Tensor | None) -> Tensor:
@@ -122,14 +124,14 @@ def _check_packed_linear(x: Tensor, data: Tensor, name: str, rows: int, columns:
 def _packed_linear_cpu(x: Tensor, data: Tensor, name: str, n: int, k: int) -> Tensor:
     _check_packed_linear(x, data, name, n, k)
     tokens = x.shape[0]
-    x32 = x.to(torch.float32).contiguous()
-    out = torch.empty(tokens, n)
+    x32 = as_float32(x)
+    out = empty(tokens, n)
     if tokens:
         parts = parts_for(tokens * n * k)
-        scratch = torch.empty(packed_linear.scratch_bytes(tokens, k, parts), dtype=torch.uint8)
-        addresses = (x32.data_ptr(), data.data_ptr(), out.data_ptr(), scratch.data_ptr())
+        space = scratch(packed_linear.scratch_bytes(tokens, k, parts), torch.uint8)
+        addresses = (x32.data_ptr(), data.data_ptr(), out.data_ptr(), space.data_ptr())
         call(packed_linear.packed_linear, (*addresses, tokens, n, k, PACKED_CODES[name], int(has_tiles())), parts)
-    return out.to(x.dtype)
+    return converted(out, x.dtype)
 
 
 def _packed_linear_fake(x: Tensor, data: Tensor, name: str, rows: int, columns: int) -> Tensor:

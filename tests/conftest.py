@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from hybrid_rt.tokenizer import Tokenizer
 from tests.tiny_checkpoint import write_checkpoint
@@ -16,6 +17,11 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content.split('</think>')[-1] }}\n"
     "{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
 )
+
+
+# On a busy machine, or while kernels compile, examples take long without being wrong.
+settings.register_profile("dsr1", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dsr1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

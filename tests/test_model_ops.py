@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
+from hybrid_rt.attention import make_latents
+from hybrid_rt.cache import copy_rows
 from hybrid_rt.gate import route
 from hybrid_rt.latent_attention import attend_absorbed, attend_decompressed
-from hybrid_rt.layers import rms_norm
+from hybrid_rt.layers import add, rms_norm, silu_times
 from hybrid_rt.rope import turn_pairs
 from offload.emulate import TEMPORARIES, EmulatedBackend, Ledger
+from quant.conversion import as_float32, converted
 from quant.kernels import set_threads, thread_count
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +81,36 @@ def test_turn_pairs(tokens: int, heads: int, pairs: int, before: int, dtype: tor
     angles = randn(tokens, pairs, seed=seed + 1)
     args = (x, angles.cos(), angles.sin())
     assert torch.equal(by_kernel(turn_pairs, *args), turn_pairs(*args))
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokens=st.integers(1, 40), lora=st.integers(1, 90), pairs=st.integers(1, 20), dtype=DTYPES, seed=SEEDS)
+def test_make_latents(tokens: int, lora: int, pairs: int, dtype: torch.dtype, seed: int) -> None:
+    angles = randn(tokens, pairs, seed=seed)
+    kv = randn(tokens, lora + 2 * pairs, seed=seed + 1, dtype=dtype)
+    assert_alike(make_latents, kv, randn(lora, seed=seed + 2), 1e-6, angles.cos(), angles.sin())
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 70), columns=st.integers(1, 600), dtype=DTYPES, seed=SEEDS)
+def test_steps_by_value(rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
+    a, b = (randn(rows, columns, seed=seed + number, dtype=dtype) * 4 for number in (0, 1))
+    assert torch.equal(by_kernel(add, a, b), a + b)
+    silu, ours = silu_times(a.float(), b.float()), by_kernel(silu_times, a, b)
+    torch.testing.assert_close(ours.float(), silu, rtol=2**-8 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
+    target = torch.zeros(rows, columns + 3, dtype=dtype)
+    by_kernel(copy_rows, target[:, 2:-1], a)
+    assert torch.equal(target[:, 2:-1], a) and not target[:, :2].any() and not target[:, -1].any()
+    for other in (torch.float32, torch.bfloat16):
+        assert torch.equal(converted(a, other), a.to(other))
+    assert converted(a, dtype) is a and torch.equal(as_float32(a.T), a.T.float())
+
+
+def test_rounding_to_bfloat16_keeps_nan_and_infinity() -> None:
+    odd = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.4e38, -0.0, 1e-45, 1.00390625, 1.01171875]])
+    torch.testing.assert_close(converted(odd, torch.bfloat16), odd.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    bits = torch.tensor([[0x7FFFFFFF, -1, 0x7F800001]], dtype=torch.int32).view(torch.float32)
+    assert converted(bits, torch.bfloat16).isnan().all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -211,6 +244,9 @@ def test_an_emulated_gpu_counts_the_formulas_temporaries() -> None:
         (rms_norm, (torch.ones(2, 4), torch.ones(3), 1e-6), "a norm's weight must be contiguous float32"),
         (turn_pairs, (torch.ones(2, 1, 4), torch.ones(2, 1), torch.ones(2, 1)), "cosines and sines must be"),
         (route, (torch.ones(1, 4), torch.ones(8, 4), torch.ones(8), 4, 1, 3, True, 1.0), "3 of 8 experts in 1 of 4"),
+        (add, (torch.ones(2, 4), torch.ones(4, 2)), "are not alike"),
+        (add, (torch.ones(2, 4), torch.ones(4, 2).T), "without gaps"),
+        (copy_rows, (torch.ones(2, 4), torch.ones(2, 3)), "does not fit"),
         (
             attend_absorbed,
             (torch.ones(2, 1, 4), torch.ones(2, 1, 2), torch.ones(1, 8), torch.ones(1, 8, 6), 1.0),

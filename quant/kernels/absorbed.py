@@ -29,7 +29,7 @@ from quant.kernels.online_softmax import (
     weigh_one,
 )
 from quant.kernels.plain import halves, put
-from quant.kernels.tiles import floats, padded, share, strided_inputs
+from quant.kernels.tiles import floats, integers, padded, share, strided_inputs
 from quant.kernels.vector import BF16_CODE, ROW_TILE, TOKEN_TILE, float_of_bits
 
 ROWS_TOGETHER = 32  # queries that share the reading of the cache, where a single head has fewer
@@ -78,7 +78,7 @@ def rows_at_most(tokens: int) -> int:
 @shared
 def scratch_floats(tokens: int, nope: int, rope: int, lora: int) -> int:
     """float32 values of scratch of one thread: queries, their sums, the queries of one head, and tiles."""
-    row = padded(lora + rope) + padded(lora) + 2
+    row = padded(lora + rope) + padded(lora) + 4
     return rows_at_most(tokens) * row + (tokens + TOKEN_TILE) * padded(nope) + TILE_FLOATS
 
 
@@ -91,11 +91,9 @@ def _open_scratch(attention, part):  # type: ignore[no-untyped-def]
     weighted = values + rows * width
     maxima = weighted + rows * padded(lora) * 4
     totals = maxima + rows * 4
-    tiles = totals + rows * 4
-    start = attention.seen - tokens
-    return Queries(
-        values, width, weighted, padded(lora) * 4, maxima, totals, start, tokens, tiles
-    ), tiles + TILE_FLOATS * 4
+    tiles = totals + rows * 12
+    queries = Queries(values, width, weighted, padded(lora) * 4, maxima, totals, totals + rows * 4, tiles)
+    return queries, tiles + TILE_FLOATS * 4
 
 
 @inner
@@ -111,24 +109,22 @@ def _open_head(attention, wide, head):  # type: ignore[no-untyped-def]
 
 @inner
 def _absorb(attention, queries, wide, head, row):  # type: ignore[no-untyped-def]
-    """queries[row + token] for the tokens of one head: zero before, their latent part after."""
+    """The latent part of queries[row + token] for the tokens of one head."""
     tokens, nope, lora, spare = attention.tokens, attention.nope, attention.lora, rows_at_most(attention.tokens) - 1
     stride = lora * (4 >> attention.wkv_code)
     matrix = attention.wkv_b + head * (nope + attention.value) * stride
-    for first in range(0, nope, ROW_TILE):
-        sources = rows_of(matrix, stride, first, nope - 1)
-        for token in range(0, tokens, TOKEN_TILE):
-            shares = wide + (token * padded(nope) + first) * 4
-            if tokens == 1:
-                weigh_one(attention.wkv_code, sources, shares, queries.values + row * queries.stride, lora)
-                continue
-            targets = (
-                queries.values + (row + token) * queries.stride,
-                queries.values + (row + token + 1 if token + 1 < tokens else spare) * queries.stride,
-                queries.values + (row + token + 2 if token + 2 < tokens else spare) * queries.stride,
-                queries.values + (row + token + 3 if token + 3 < tokens else spare) * queries.stride,
-            )
-            weigh(attention.wkv_code, sources, shares, padded(nope) * 4, targets, lora)
+    if tokens == 1:
+        weigh_one(attention.wkv_code, matrix, stride, nope, wide, queries.values + row * queries.stride, lora)
+        return
+    for token in range(0, tokens, TOKEN_TILE):
+        shares = wide + token * padded(nope) * 4
+        targets = (
+            queries.values + (row + token) * queries.stride,
+            queries.values + (row + token + 1 if token + 1 < tokens else spare) * queries.stride,
+            queries.values + (row + token + 2 if token + 2 < tokens else spare) * queries.stride,
+            queries.values + (row + token + 3 if token + 3 < tokens else spare) * queries.stride,
+        )
+        weigh(attention.wkv_code, matrix, stride, nope, shares, padded(nope) * 4, targets, lora, 0)
 
 
 @inner
@@ -137,7 +133,9 @@ def _open_queries(attention, queries, wide, first_head, heads):  # type: ignore[
     tokens, lora, rope, rows = attention.tokens, attention.lora, attention.rope, rows_at_most(attention.tokens)
     scale = float_of_bits(np.int32(attention.scale))
     values = floats(queries.values, (rows, queries.stride // 4))
+    positions = integers(queries.positions, (rows,))
     values[:] = 0
+    positions[:] = -1
     for number in range(heads):
         head = first_head + number
         _open_head(attention, wide, head)
@@ -145,6 +143,7 @@ def _open_queries(attention, queries, wide, first_head, heads):  # type: ignore[
         for token in range(tokens):
             source = attention.q_pe + token * attention.pe_token + head * attention.pe_head
             copy_scaled(source, attention.code, scale, values[number * tokens + token, lora : lora + rope])
+            positions[number * tokens + token] = attention.seen - tokens + token
     begin(queries, rows)
 
 
@@ -188,7 +187,7 @@ def _attend_heads(attention, queries, wide, first_head, heads):  # type: ignore[
     stride = width * (4 >> attention.code)
     for first in range(0, attention.seen, BLOCK):
         address, size = attention.cached + first * stride, min(BLOCK, attention.seen - first)
-        keys = Keys(address, stride, width, address, stride, attention.lora, first, size, attention.code)
+        keys = Keys(address, stride, width, 0, address, stride, attention.lora, first, size, attention.code)
         for row in range(0, heads * attention.tokens, TOKEN_TILE):
             attend_tile(queries, row, keys)
     for number in range(heads):

@@ -10,14 +10,23 @@ import numpy as np
 
 from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner, shared
-from quant.kernels.online_softmax import TILE_FLOATS, Keys, Queries, attend_tile, begin, copy_scaled, finish
+from quant.kernels.online_softmax import (
+    BLOCK,
+    TILE_FLOATS,
+    Keys,
+    Queries,
+    attend_tile,
+    begin,
+    copy_columns,
+    copy_scaled,
+    finish,
+)
 from quant.kernels.plain import halves, put
 from quant.kernels.team import Team, take
-from quant.kernels.tiles import floats, padded
+from quant.kernels.tiles import floats, integers, padded
 from quant.kernels.vector import BF16_CODE, F32_CODE, TOKEN_TILE, float_of_bits
 
-UNIT = 64  # queries of a unit, a multiple of 4
-KEYS_TOGETHER = 32  # keys and values that stay in the first-level cache while a unit's queries see them
+UNIT = 128  # queries of a unit, a multiple of 4
 
 
 class Chunk(NamedTuple):
@@ -64,58 +73,68 @@ def state_floats(value: int) -> int:
 
 @shared
 def scratch_floats(nope: int, rope: int, block: int) -> int:
-    """float32 values of scratch of one thread: a unit's queries, the keys of a head, and tiles."""
-    return (UNIT + block) * padded(nope + rope) + TILE_FLOATS
+    """float32 values of scratch of one thread: a unit's queries and positions, the keys of a head, and tiles."""
+    return UNIT * (padded(nope + rope) + 2) + key_groups(block) * BLOCK * padded(nope + rope) + TILE_FLOATS
+
+
+@shared
+def key_groups(block: int) -> int:
+    """Keys are seen by BLOCK at a time."""
+    return (block + BLOCK - 1) // BLOCK
 
 
 @inner
 def _open_queries(chunk, head, first, scratch):  # type: ignore[no-untyped-def]
     """The queries of one head from token `first` on, scaled; rows beyond the last token are zero."""
     width, scale = padded(chunk.nope + chunk.rope), float_of_bits(np.int32(chunk.scale))
-    values = floats(scratch, (UNIT, width))
+    tiles = scratch + key_groups(chunk.size) * BLOCK * width * 4
+    positions = tiles + TILE_FLOATS * 4
+    values, last = floats(positions + UNIT * 8, (UNIT, width)), integers(positions, (UNIT,))
     values[:] = 0
+    last[:] = -1
     for row in range(min(UNIT, chunk.tokens - first)):
         token = first + row
+        last[row] = chunk.seen - chunk.tokens + token
         source = chunk.q_nope + token * chunk.nope_token + head * chunk.nope_head
         copy_scaled(source, chunk.code, scale, values[row, : chunk.nope])
         source = chunk.q_pe + token * chunk.pe_token + head * chunk.pe_head
         copy_scaled(source, chunk.code, scale, values[row, chunk.nope : chunk.nope + chunk.rope])
     weighted = chunk.state + (head * units(chunk.tokens) + first // UNIT) * state_floats(chunk.value) * 4
     maxima = weighted + UNIT * padded(chunk.value) * 4
-    tiles = scratch + (UNIT + chunk.size) * width * 4
-    start = chunk.seen - chunk.tokens + first
     stride = padded(chunk.value) * 4
-    return Queries(scratch, width * 4, weighted, stride, maxima, maxima + UNIT * 4, start, UNIT, tiles)
+    return Queries(positions + UNIT * 8, width * 4, weighted, stride, maxima, maxima + UNIT * 4, positions, tiles)
 
 
 @inner
-def _open_keys(chunk, head, count, target):  # type: ignore[no-untyped-def]
-    """The first `count` keys of one head, float32 [count, padded(nope + rope)] at `target`."""
-    width, one = padded(chunk.nope + chunk.rope), np.float32(1)
-    keys = floats(target, (count, width))
-    item, wide = 4 >> chunk.code, chunk.nope + chunk.value
-    for key in range(count):
-        source = chunk.made + (key * chunk.heads + head) * wide * 4
-        copy_scaled(source, F32_CODE, one, keys[key, : chunk.nope])
-        source = chunk.cached + ((chunk.first + key) * chunk.latent + chunk.latent - chunk.rope) * item
-        copy_scaled(source, chunk.code, one, keys[key, chunk.nope : chunk.nope + chunk.rope])
+def _open_keys(chunk, head, count, keys):  # type: ignore[no-untyped-def]
+    """The first `count` keys of one head: for each BLOCK of them float32 [nope + rope, BLOCK] at `keys`."""
+    item, stride = 4 >> chunk.code, chunk.heads * (chunk.nope + chunk.value) * 4
+    for key in range(0, count, BLOCK):
+        target = keys + key * padded(chunk.nope + chunk.rope) * 4
+        rows, readable = min(BLOCK, count - key), chunk.size - key
+        source = chunk.made + key * stride + head * (chunk.nope + chunk.value) * 4
+        copy_columns(source, F32_CODE, stride, rows, chunk.nope, readable, target, BLOCK * 4)
+        target += chunk.nope * BLOCK * 4
+        source = chunk.cached + ((chunk.first + key + 1) * chunk.latent - chunk.rope) * item
+        copy_columns(source, chunk.code, chunk.latent * item, rows, chunk.rope, readable, target, BLOCK * 4)
 
 
 @inner
 def _see(chunk, queries, rows, head, count, keys):  # type: ignore[no-untyped-def]
     """Let a unit's rows see the block's first `count` keys, which lie at `keys`, and their values."""
-    stride, value_stride = queries.stride, chunk.heads * (chunk.nope + chunk.value) * 4
+    value_stride, width = chunk.heads * (chunk.nope + chunk.value) * 4, chunk.nope + chunk.rope
     values = chunk.made + (head * (chunk.nope + chunk.value) + chunk.nope) * 4
-    for key in range(0, count, KEYS_TOGETHER):
+    for key in range(0, count, BLOCK):
         some = Keys(
-            keys + key * stride,
-            stride,
-            chunk.nope + chunk.rope,
+            keys + key * padded(width) * 4,
+            BLOCK * 4,
+            width,
+            1,
             values + key * value_stride,
             value_stride,
             chunk.value,
             chunk.first + key,
-            min(KEYS_TOGETHER, count - key),
+            min(BLOCK, count - key),
             F32_CODE,
         )
         for row in range(0, rows, TOKEN_TILE):
@@ -142,11 +161,10 @@ def _attend_unit(chunk, head, first, scratch):  # type: ignore[no-untyped-def]
     if chunk.first == 0:
         begin(queries, UNIT)
     rows = min(UNIT, chunk.tokens - first)
-    count = min(chunk.size, queries.start + rows - chunk.first)
+    count = min(chunk.size, chunk.seen - chunk.tokens + first + rows - chunk.first)
     if count > 0:
-        keys = scratch + UNIT * queries.stride
-        _open_keys(chunk, head, count, keys)
-        _see(chunk, queries, rows, head, count, keys)
+        _open_keys(chunk, head, count, scratch)
+        _see(chunk, queries, rows, head, count, scratch)
     if chunk.first + chunk.size == chunk.seen:
         _write(chunk, queries, rows, head, first)
 

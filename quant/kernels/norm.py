@@ -28,23 +28,23 @@ def _norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _norm_share(x, weight, out, rows, dim, stride, code, eps, part, parts):  # type: ignore[no-untyped-def]
+def _norm_share(x, weight, out, rows, dim, stride, out_stride, code, eps, part, parts):  # type: ignore[no-untyped-def]
     scale, epsilon = floats(weight, (dim,)), float_of_bits(np.int32(eps))
     first, end = share(rows, part, parts)
     for row in range(first, end):
         if code == BF16_CODE:
-            _norm(halves(x + row * stride, (dim,)), scale, epsilon, halves(out + row * dim * 2, (dim,)))
+            _norm(halves(x + row * stride, (dim,)), scale, epsilon, halves(out + row * out_stride, (dim,)))
         else:
-            _norm(floats(x + row * stride, (dim,)), scale, epsilon, floats(out + row * dim * 4, (dim,)))
+            _norm(floats(x + row * stride, (dim,)), scale, epsilon, floats(out + row * out_stride, (dim,)))
 
 
 def _rms_norm(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
     """out [rows, dim] = x / sqrt(mean(x * x) + eps) * weight, row by row. Arguments: those of _norm_share.
 
-    x, weight, out: addresses. stride: bytes from one row of x to the next. code: of x and out. eps: float32 bits.
+    x, weight, out: addresses. Strides: bytes from row to row. code: of x and out. eps: float32 bits.
     """
-    x, weight, out, rows, dim, stride, code, eps = arguments_of(arguments, 8)
-    _norm_share(x, weight, out, rows, dim, stride, code, eps, part, parts)
+    x, weight, out, rows, dim, stride, out_stride, code, eps = arguments_of(arguments, 9)
+    _norm_share(x, weight, out, rows, dim, stride, out_stride, code, eps, part, parts)
     return 0
 
 

@@ -34,7 +34,7 @@ from quant.kernels.routing import (
     sort_for_team,
     sorted_pairs,
 )
-from quant.kernels.silu import silu_times
+from quant.kernels.silu import silu_lanes
 from quant.kernels.team import COUNTER_COUNT, Team, barrier, take
 from quant.kernels.tile_unit import use_tile_unit
 from quant.kernels.tiles import floats, integers, share
@@ -196,11 +196,12 @@ def _gate_up_tiles(layer, team, rows, tile, place):  # type: ignore[no-untyped-d
     """
     results, table = _own(layer, team), _tile_table(layer, team)
     multiply_rows(_gate_up_inputs(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
-    count = min(HALF * TILE_ROWS, layer.inter - tile * TILE_ROWS)
+    tiles = min(HALF, (layer.inter + TILE_ROWS - 1) // TILE_ROWS - tile)
     for row in range(rows.size):
-        gates = floats(results + row * RESULTS * 4, (count,))
-        silu_times(gates, floats(results + (row * RESULTS + HALF * TILE_ROWS) * 4, (count,)))
-        floats(place[0] + row * place[1], (count,))[:] = gates
+        gates, target = results + row * RESULTS * 4, place[0] + row * place[1]
+        for number in range(tiles):
+            offset = number * TILE_ROWS * 4
+            silu_lanes(gates + offset, gates + HALF * TILE_ROWS * 4 + offset, target + offset)
 
 
 @inner
@@ -254,11 +255,9 @@ def _set_gate_up(layer, team, node, unit, then):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _gate_up_unit(layer, team, node, unit, following):  # type: ignore[no-untyped-def]
-    """A unit of step 2. following: the unit that this thread takes next."""
+def _gate_up_rows_of_unit(layer, team, node, unit, following, rows):  # type: ignore[no-untyped-def]
+    """A unit of step 2 for some of its expert's pairs, no more than there are tokens."""
     expert, first, end = unit
-    starts, _ = sorted_pairs(layer)
-    rows = _gate_up_rows(layer, starts[expert], starts[expert + 1])
     block = first // BLOCK_TILES
     place = _hidden_place(layer, team, rows, block)
     for tile in range(first, end, HALF):
@@ -266,11 +265,23 @@ def _gate_up_unit(layer, team, node, unit, following):  # type: ignore[no-untype
         _set_gate_up(layer, team, node, (expert, tile, end), then if then[0] >= 0 else unit)
         column = (tile - block * BLOCK_TILES) * TILE_ROWS * 4
         _gate_up_tiles(layer, team, rows, tile, (place[0] + column, place[1]))
+    if not _is_few(layer):
+        _quantise_hidden(layer, rows, block, place)
+
+
+@inner
+def _gate_up_unit(layer, team, node, unit, following):  # type: ignore[no-untyped-def]
+    """A unit of step 2. following: the unit that this thread takes next."""
+    starts, _ = sorted_pairs(layer)
+    start, end = starts[unit[0]], starts[unit[0] + 1]
+    for first in range(start, end, layer.tokens):  # more only if a token has an expert twice
+        rows = _gate_up_rows(layer, first, min(first + layer.tokens, end))
+        _gate_up_rows_of_unit(layer, team, node, unit, following, rows)
     if _is_few(layer):
+        block, rows = unit[1] // BLOCK_TILES, _gate_up_rows(layer, start, end)
         tiles = min(BLOCK_TILES, (layer.inter + TILE_ROWS - 1) // TILE_ROWS - block * BLOCK_TILES)
-        if not _count_unit(layer, rows, block, (tiles + HALF - 1) // HALF):
-            return
-    _quantise_hidden(layer, rows, block, place)
+        if _count_unit(layer, rows, block, (tiles + HALF - 1) // HALF):
+            _quantise_hidden(layer, rows, block, _hidden_place(layer, team, rows, block))
 
 
 @inner
@@ -317,15 +328,16 @@ def _down_expert(layer, team, node, expert, unit, then):  # type: ignore[no-unty
     matrix = addresses[node * layer.experts + expert, 2]
     following = addresses[node * layer.experts + then[0], 2] + then[1] * size
     starts, _ = sorted_pairs(layer)
-    rows = Rows(starts[expert], starts[expert + 1] - starts[expert], 0, 1)
     for tile in range(unit[0], unit[1], SLOTS):
         end = min(tile + SLOTS, unit[1])
         later = matrix + end * size if end < unit[1] else following
         for half in range(2):
             set_tiles(table, half * HALF, matrix, tile + half * HALF, end, later + half * HALF * size, size)
-        multiply_rows(_hidden(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
         columns = tile * TILE_ROWS, min(end * TILE_ROWS, layer.dim)
-        _add_down(layer, results, rows.first, rows.size, columns)
+        for first in range(starts[expert], starts[expert + 1], layer.tokens):
+            rows = Rows(first, min(layer.tokens, starts[expert + 1] - first), 0, 1)
+            multiply_rows(_hidden(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
+            _add_down(layer, results, rows.first, rows.size, columns)
 
 
 @inner

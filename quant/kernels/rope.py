@@ -16,14 +16,14 @@ def _turn(x, cos, sin, out):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _turn_share(x, cos, sin, out, tokens, heads, width, token_stride, head_stride, code, part, parts):  # type: ignore[no-untyped-def]
+def _turn_share(x, cos, sin, out, tokens, heads, width, token_stride, head_stride, out_stride, code, part, parts):  # type: ignore[no-untyped-def]
     first, end = share(tokens, part, parts)
     for token in range(first, end):
         angles = token * (width // 2) * 4
         cosines, sines = floats(cos + angles, (width // 2,)), floats(sin + angles, (width // 2,))
         for head in range(heads):
             source = x + token * token_stride + head * head_stride
-            target = out + (token * heads + head) * width * (4 >> code)
+            target = out + token * out_stride + head * width * (4 >> code)
             if code == BF16_CODE:
                 _turn(halves(source, (width,)), cosines, sines, halves(target, (width,)))
             else:
@@ -34,10 +34,10 @@ def _turn_pairs(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
     """out [tokens, heads, width] = the pairs (2i, 2i + 1) of x, turned by the angle i of their token.
 
     Arguments: those of _turn_share. x, cos, sin, out: addresses; cos and sin: float32 [tokens, width / 2]. Strides of
-    x in bytes; code: of x and out.
+    x, and of out from token to token, in bytes; code: of x and out.
     """
-    x, cos, sin, out, tokens, heads, width, token_stride, head_stride, code = arguments_of(arguments, 10)
-    _turn_share(x, cos, sin, out, tokens, heads, width, token_stride, head_stride, code, part, parts)
+    x, cos, sin, out, tokens, heads, width, token_stride, head_stride, out_stride, code = arguments_of(arguments, 11)
+    _turn_share(x, cos, sin, out, tokens, heads, width, token_stride, head_stride, out_stride, code, part, parts)
     return 0
 
 

@@ -9,13 +9,16 @@ How a kernel is run by `parts` threads, of which the caller is number 0:
     wait until DONE = parts - 1
 
 The caller does not write the next job before all that take part in this one are done; a worker sees in the word JOB
-itself whether it takes part, so one that does not may come late. Results never depend on the number of threads: each
-output element is computed by one thread, in one order.
+itself whether it takes part, so one that does not may come late. Without futexes workers sleep in Python, until the
+caller tells those that take part which JOB is about to change.
+
+Results never depend on the number of threads: each output element is computed by one thread, in one order.
 """
 
 import os
 import threading
 from array import array
+from queue import SimpleQueue
 from typing import Any
 
 import numba
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 
 from quant.kernels.atomics import FUTEX, add_integer, add_word, call_address, load_word, store_word
-from quant.kernels.jit import Kernel, compiled_once
+from quant.kernels.jit import Kernel, compiled_once, inner
 from quant.kernels.team import COUNTER_COUNT, COUNTERS, LINE, SYNC_BYTES, wait_for_change, wake
 from quant.kernels.tiles import integers
 
@@ -36,7 +39,6 @@ JOB, JOB_SLEEPERS, DONE, DONE_SLEEPERS, TOTAL, WORK = (SYNC_BYTES + LINE * line 
 STATE_BYTES = WORK + LINE
 PARTS_BITS = 10  # of JOB; the others are the job's number
 PARTS_MASK = (1 << PARTS_BITS) - 1
-STOP = PARTS_MASK  # instead of a number of parts
 
 _count = 0
 
@@ -61,13 +63,11 @@ def parts_for(multiplications: int) -> int:
 
 @compiled_once("int64(int64, int64, int64)")
 def _work(state, number, seen):  # type: ignore[no-untyped-def]
-    """A worker's life: each job that comes after `seen`. Without futexes it is over after one job, seen or not."""
+    """A worker's life: each job that comes after `seen`. Without futexes, that one job, in which it takes part."""
     job, sleepers = state + JOB, state + JOB_SLEEPERS
     while True:
         seen = wait_for_change(job, seen, sleepers)
         parts = seen & PARTS_MASK
-        if parts == STOP:
-            return seen
         if number < parts:
             work = integers(state + WORK, (2,))
             add_integer(state + TOTAL, call_address(work[0], work[1], number, parts, state))
@@ -77,8 +77,8 @@ def _work(state, number, seen):  # type: ignore[no-untyped-def]
             return seen
 
 
-@compiled_once("int64(int64, int64, int64, int64)")
-def _run(state, function, arguments, parts):  # type: ignore[no-untyped-def]
+@inner
+def _run_kernel(state, function, arguments, parts):  # type: ignore[no-untyped-def]
     """Run a kernel with `parts` threads; the sum of what it returns in each of them."""
     for counter in range(COUNTER_COUNT):
         store_word(state + COUNTERS + counter * LINE, 0)
@@ -97,6 +97,21 @@ def _run(state, function, arguments, parts):  # type: ignore[no-untyped-def]
     return result + total[0]
 
 
+@compiled_once("int64(int64, int64, int64, int64)")
+def _run(state, function, arguments, parts):  # type: ignore[no-untyped-def]
+    """One kernel."""
+    return _run_kernel(state, function, arguments, parts)
+
+
+@compiled_once("int64(int64, int64, int64)")
+def _run_all(state, calls, count):  # type: ignore[no-untyped-def]
+    """One kernel after the other. calls: address of int64 [count, 3], function, arguments and parts of each."""
+    rows = integers(calls, (count, 3))
+    for number in range(count):
+        _run_kernel(state, rows[number, 0], rows[number, 1], rows[number, 2])
+    return 0
+
+
 class Pool:
     """The workers of this process and the memory that they share with callers."""
 
@@ -106,7 +121,7 @@ class Pool:
         self.state = _aligned(self._words)
         self._alone = threading.local()
         self._workers: list[threading.Thread] = []
-        self._posted: list[threading.Semaphore] = []
+        self._posted: list[SimpleQueue[int]] = []  # the word JOB before a job of theirs
 
     def run(self, kernel: Kernel, arguments: tuple[int, ...], parts: int) -> int:
         """Run `kernel`; the sum of its results. Two callers at once take turns, unless one part is all they want."""
@@ -117,9 +132,25 @@ class Pool:
         with self._lock:
             self._start_workers(parts - 1)
             if not FUTEX:
-                for posted in self._posted:
-                    posted.release()
+                self._post(parts)
             return int(_run(self.state, function, address, parts))
+
+    def run_all(self, calls: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+        """Run kernels one after the other: int64 [count, 3], their functions, addresses of arguments and parts."""
+        with self._lock:
+            self._start_workers(int(calls[:, 2].max(initial=1)) - 1)
+            if FUTEX:
+                _run_all(self.state, calls.ctypes.data, len(calls))
+                return
+            for function, arguments, parts in calls.tolist():
+                self._post(parts)
+                _run(self.state, function, arguments, parts)
+
+    def _post(self, parts: int) -> None:
+        """Where there are no futexes: send the workers of the next job to wait for it."""
+        before = load_job(self.state)
+        for posted in self._posted[: parts - 1]:
+            posted.put(before)
 
     def _own_state(self) -> int:
         """Words of the calling thread alone."""
@@ -131,18 +162,15 @@ class Pool:
     def _start_workers(self, count: int) -> None:
         while len(self._workers) < count:
             number = len(self._workers) + 1
-            self._posted.append(threading.Semaphore(0))
-            # what was posted before it started is not its own
+            self._posted.append(SimpleQueue())
             args = (number, load_job(self.state), self._posted[-1])
             worker = threading.Thread(target=self._live, args=args, name=f"dsr1-kernel-{number}", daemon=True)
             self._workers.append(worker)
             worker.start()
 
-    def _live(self, number: int, seen: int, posted: threading.Semaphore) -> None:
-        while seen & PARTS_MASK != STOP:
-            if not FUTEX:
-                posted.acquire()
-            seen = int(_work(self.state, number, seen))
+    def _live(self, number: int, seen: int, posted: "SimpleQueue[int]") -> None:
+        while True:
+            _work(self.state, number, seen if FUTEX else posted.get())
 
 
 def _aligned(words: np.ndarray[Any, Any]) -> int:
@@ -157,7 +185,7 @@ def load_job(state):  # type: ignore[no-untyped-def]
     return load_word(state + JOB)
 
 
-POOL_KERNELS = (_work, _run, load_job)  # which every call of a kernel needs
+POOL_KERNELS = (_work, _run, _run_all, load_job)  # which every call of a kernel needs
 _pool = Pool()
 
 
@@ -174,3 +202,8 @@ if hasattr(os, "register_at_fork"):
 def call(kernel: Kernel, arguments: tuple[int, ...], parts: int) -> int:
     """Run a kernel with `parts` threads, at most MAX_THREADS; the sum of what it returns in each of them."""
     return _pool.run(kernel, arguments, min(parts, MAX_THREADS))
+
+
+def call_all(calls: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+    """Run kernels one after the other: int64 [count, 3], their functions, addresses of arguments and parts."""
+    _pool.run_all(calls)
