@@ -145,8 +145,9 @@ class Pool:
                 _run_all(self.state, calls.ctypes.data, len(calls))
                 return
             for function, arguments, parts in calls.tolist():
-                for posted in self._posted:
-                    posted.release()
+                before = load_job(self.state)
+                for posted in self._posted[: parts - 1]:
+                    posted.put(before)
                 _run(self.state, function, arguments, parts)
 
     def _own_state(self) -> int:
