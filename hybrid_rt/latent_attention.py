@@ -16,7 +16,10 @@ import torch
 
 from hybrid_rt.cache import LatentCache
 from quant import model_ops
+from quant.dequantize import dequantize
+from quant.formats import QuantTensor
 from quant.operators import with_cpu_kernel
+from quant.packed import BLOCK_K, HEAD_FORMATS, TILE_ROWS
 
 # Tokens; beyond, decompressing a block costs less than the wider absorbed scores. At R1's widths both count the same
 # operations at 171 tokens; measured, the break-even lies between 128 and 192.
@@ -37,7 +40,7 @@ class CachedAttention:
     ) -> torch.Tensor:
         """Store the tokens' latents, then attend to all up to them.
 
-        wkv_b: [H, nope + v, C]. Returns [T, H, v].
+        wkv_b: [H, nope + v, C], or packed (_dense). Returns [T, H, v].
         """
         cached = self.cache.write(layer, self.start, latent)
         absorbed = q_nope.shape[0] <= ABSORBED_UP_TO
@@ -82,7 +85,7 @@ def attend_decompressed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """For many queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
-    wkv_b = wkv_b.float()
+    wkv_b = _dense(wkv_b)
     heads, width, lora = wkv_b.shape
     nope, rope = q_nope.shape[-1], q_pe.shape[-1]
     queries = torch.cat([q_nope, q_pe], dim=-1).float().transpose(0, 1) * scale  # [H, T, nope + rope]
@@ -104,7 +107,8 @@ def attend_absorbed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """For few queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
-    lora, nope, wkv_b = wkv_b.shape[2], q_nope.shape[-1], wkv_b.float()
+    lora, nope = cached.shape[1] - q_pe.shape[-1], q_nope.shape[-1]
+    wkv_b = _dense(wkv_b)
     w_uk, w_uv = wkv_b[:, :nope], wkv_b[:, nope:]
     q_latent = q_nope.float().transpose(0, 1) @ w_uk  # [H, T, C]
     queries = torch.cat([q_latent, q_pe.float().transpose(0, 1)], dim=-1) * scale
@@ -114,6 +118,15 @@ def attend_absorbed(
         softmax.add(_mask_future(scores, first, cached.shape[0]), block[:, :lora])
     heads = softmax.result() @ w_uv.transpose(1, 2)  # [H, T, v]
     return heads.transpose(0, 1).to(q_nope.dtype)
+
+
+def _dense(wkv_b: torch.Tensor) -> torch.Tensor:
+    """wkv_b as float32 [H, nope + v, C]; packed it is uint8 [H, tiles, blocks, bytes of a block]."""
+    if wkv_b.dtype != torch.uint8:
+        return wkv_b.float()
+    heads, tiles, blocks, block_bytes = wkv_b.shape
+    weight = QuantTensor(HEAD_FORMATS[block_bytes], (heads * tiles * TILE_ROWS, blocks * BLOCK_K), wkv_b.flatten())
+    return dequantize(weight).unflatten(0, (heads, -1))
 
 
 def _blocks(cached: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:

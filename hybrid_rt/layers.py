@@ -36,7 +36,10 @@ class Parts(Protocol):
         """The tensor `name`, whole: in `dtype`, or in the model's when None."""
 
     def whole(self, name: str) -> Callable[[], torch.Tensor]:
-        """A call that gives the matrix `name` in float32: kept so, or decoded each time where memory is short."""
+        """A call that gives the matrix `name` as attention reads it.
+
+        In float32, kept so or decoded each time where memory is short; or packed, uint8 [tiles, blocks, bytes].
+        """
 
     def embedding(self, name: str) -> torch.Tensor:
         """The embedding table `name` [vocab, dim] as it is stored."""

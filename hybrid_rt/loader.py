@@ -20,6 +20,7 @@ from offload.topology import Topology, read_topology
 from quant.checkpoint import Checkpoint
 from quant.dequantize import dequantize
 from quant.formats import QuantTensor
+from quant.packed import PackedFormat, blocks_per_row
 from quant.progress import Meter, Progress, ignore
 from quant.store import Store, is_store
 
@@ -47,7 +48,7 @@ class StoredParts:
     """Weights of a checkpoint or a store, where the plan wants them (`Parts`).
 
     Matrices stay views of the mapped files unless they belong on the device, and so do experts that are not copied.
-    Norms and routers are float32; so is `wkv_b` where there is no GPU tier, because attention reads it in two forms.
+    Norms and routers are float32; so is `wkv_b` where there is no GPU tier and it is not packed as attention reads it.
     """
 
     def __init__(
@@ -75,8 +76,13 @@ class StoredParts:
         if self._placement(name).tier == "gpu":
             weight = self._matrix(name)
             return lambda: dequantize(weight)
-        values = dequantize(self.source.weight(name))
-        return lambda: values
+        if self._placement(name).representation == "f32":
+            values = dequantize(self.source.weight(name))
+            return lambda: values
+        weight = self._matrix(name)
+        assert isinstance(weight.format, PackedFormat), "the plan takes wkv_b as it is stored only if it is packed"
+        stored = weight.data.view(-1, blocks_per_row(weight.shape), weight.format.block_bytes)
+        return lambda: stored
 
     def embedding(self, name: str) -> torch.Tensor:
         return self.source.weight(name).data

@@ -27,7 +27,7 @@ from offload.workspace import host_bytes, workspace_bytes
 from quant.config import ModelConfig
 from quant.errors import ContextError, UsageError
 from quant.inventory import Inventory, TensorSpec, cache_bytes
-from quant.packed import PACKED_FORMATS, ExpertRecord
+from quant.packed import PACKED_FORMATS, ExpertRecord, reads_heads
 from quant.recipes import DEFAULT_RECIPE, RECIPES, representations, stored_bytes
 
 DEFAULT_CONTEXT = 32768
@@ -39,7 +39,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 # Where memory is short, these take their smallest representation, one group after the other.
 LADDER: tuple[tuple[PlanComponent, ...], ...] = (("dense", "shared_expert"), ("attention",), ("kv_b",), ("head",))
 GPU_COMPONENTS = frozenset({"attention", "kv_b", "dense", "shared_expert", "norm", "router", "head"})
-# The runtime holds these in float32 whatever a checkpoint does, and `kv_b` too where it is not on a GPU.
+# The runtime holds these in float32 whatever a checkpoint does, and so `kv_b` in RAM unless it is packed as attention
+# reads it.
 FLOAT32_COMPONENTS = ("norm", "router")
 
 # Representations that may be chosen for a tensor, the most exact one first.
@@ -156,7 +157,9 @@ def _parts(inventory: Inventory, available: Available, budget: Budget) -> Iterat
         residency: Residency = "gpu" if tier == "gpu" else "mapped"
         if component == "routed_expert" and not is_mtp:  # nobody runs those of MTP layers yet
             residency = budget.residency
-        if component in FLOAT32_COMPONENTS or component == "kv_b" and tier == "ram":
+        if component == "kv_b" and tier == "ram" and _reads_heads(inventory.config, exact):
+            smallest = smallest if _reads_heads(inventory.config, smallest) else exact
+        elif component in FLOAT32_COMPONENTS or component == "kv_b" and tier == "ram":
             if tier == "ram" and exact.representation != "f32":
                 residency = "copied"
             exact = smallest = _form(inventory.config, specs, ["f32"] * len(specs))
@@ -164,6 +167,10 @@ def _parts(inventory: Inventory, available: Available, budget: Budget) -> Iterat
             smallest = exact  # it is the GPU that is short, if anything
         experts = (0, inventory.config.n_routed_experts) if component == "routed_expert" else None
         yield _Part(layer, component, experts, tier, residency, exact, smallest)
+
+
+def _reads_heads(config: ModelConfig, form: _Form) -> bool:
+    return reads_heads(form.representation, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank)
 
 
 def _expert_forms(inventory: Inventory, available: Available) -> list[_Form]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from quant.conversion import CODES, VALUE_COST, as_float32
-from quant.kernels import absorbed, decompressed, elementwise, norm, rope, router
+from quant.kernels import absorbed, decompressed, elementwise, norm, packed_heads, rope, router
 from quant.kernels.jit import Kernel
 from quant.kernels.threads import parts_for
-from quant.kernels.vector import BF16_CODE, F32_CODE
+from quant.packed import BLOCK_K, HEAD_FORMATS, TILE_ROWS
 from quant.tape import call, empty, scratch
 
 LATENTS_TOGETHER = 512  # that become keys and values at a time
@@ -145,18 +145,27 @@ class _Sizes(NamedTuple):
     lora: int
 
 
-def _check_attention(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor) -> tuple[_Sizes, int]:
-    """Sizes and the code of the activations' dtype; ValueError unless a kernel may read the tensors."""
+def _head_rows(wkv_b: Tensor, lora: int) -> tuple[int, int]:
+    """Rows of a head, 0 if they do not fit, and the code of wkv_b."""
+    if wkv_b.dtype != torch.uint8:
+        return wkv_b.shape[1] if wkv_b.shape[2:] == (lora,) else 0, _code(wkv_b, 3)
+    code = packed_heads.HEADS_CODES.get(wkv_b.shape[-1])
+    fits = code is not None and wkv_b.ndim == 4 and wkv_b.shape[2] * BLOCK_K == lora
+    return wkv_b.shape[1] * TILE_ROWS if fits else 0, code or 0
+
+
+def _check_attention(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor) -> tuple[_Sizes, int, int]:
+    """Sizes and the codes of activations and wkv_b; ValueError unless a kernel may read the tensors."""
     code = _code(q_nope, 3)
     (tokens, heads, nope), rope, seen = q_nope.shape, q_pe.shape[-1], cached.shape[0]
-    width, lora = wkv_b.shape[1:]
-    alike = _code(q_pe, 3) == _code(cached, 2) == code
-    whole = _code(wkv_b, 3) in (F32_CODE, BF16_CODE) and wkv_b.is_contiguous() and cached.is_contiguous()
-    shapes_fit = q_pe.shape[:2] == (tokens, heads) and cached.shape[1] == lora + rope and wkv_b.shape[0] == heads
-    if not (alike and whole and shapes_fit and tokens <= seen):
+    lora = cached.shape[1] - rope
+    rows, wkv_code = _head_rows(wkv_b, lora)
+    alike = _code(q_pe, 3) == _code(cached, 2) == code and q_pe.shape[:2] == (tokens, heads) and len(wkv_b) == heads
+    whole = wkv_b.is_contiguous() and cached.is_contiguous() and rows > nope and lora > 0
+    if not (alike and whole and tokens <= seen) or wkv_b.dtype == torch.uint8 and nope % TILE_ROWS:
         shapes = [(t.dtype, tuple(t.shape)) for t in (q_nope, q_pe, cached, wkv_b)]
         raise ValueError(f"queries, cached latents and wkv_b do not fit together: {shapes}")
-    return _Sizes(tokens, seen, heads, nope, rope, width - nope, lora), code
+    return _Sizes(tokens, seen, heads, nope, rope, rows - nope, lora), code, wkv_code
 
 
 def _query_strides(q_nope: Tensor, q_pe: Tensor) -> tuple[int, ...]:
@@ -167,30 +176,31 @@ def _query_strides(q_nope: Tensor, q_pe: Tensor) -> tuple[int, ...]:
 def attend_absorbed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor, scale: float) -> Tensor:
     """q_nope [T, H, nope], q_pe [T, H, rope] and cached [N, C + rope] of one dtype, float32 or bfloat16.
 
-    wkv_b [H, nope + v, C] of float32 or bfloat16. Returns [T, H, v] in q_nope's dtype.
+    wkv_b: [H, nope + v, C] of float32 or bfloat16; or packed, uint8 [H, tiles, blocks, bytes of a block].
+    Returns [T, H, v] in q_nope's dtype.
     """
-    sizes, code = _check_attention(q_nope, q_pe, cached, wkv_b)
+    sizes, code, wkv_code = _check_attention(q_nope, q_pe, cached, wkv_b)
     tokens, seen, heads, nope, rope, value, lora = sizes
     out = empty(tokens, heads, value, dtype=q_nope.dtype)
     work = tokens * heads * (seen * (2 * lora + rope) + (nope + value) * lora)
     parts = min(heads, parts_for(work))
     space = scratch(parts * absorbed.scratch_floats(tokens, nope, rope, lora))
     addresses = (t.data_ptr() for t in (q_nope, q_pe, cached, wkv_b, out, space))
-    rest = (*_query_strides(q_nope, q_pe), _float_bits(scale), code, CODES[wkv_b.dtype])
+    rest = (*_query_strides(q_nope, q_pe), _float_bits(scale), code, wkv_code)
     call(absorbed.attend_absorbed, (*addresses, *sizes, *rest), parts)
     return out
 
 
 def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor, scale: float) -> Tensor:
     """As attend_absorbed, for many queries."""
-    sizes, code = _check_attention(q_nope, q_pe, cached, wkv_b)
-    tokens, seen, heads, nope, rope, value, _ = sizes
+    sizes, code, _ = _check_attention(q_nope, q_pe, cached, wkv_b)
+    tokens, seen, heads, nope, rope, value, lora = sizes
     out = empty(tokens, heads, value, dtype=q_nope.dtype)
     state = scratch(heads * decompressed.units(tokens) * decompressed.state_floats(value))
     parts = parts_for(tokens * heads * seen * (nope + rope + value))
     space = scratch(parts * decompressed.scratch_floats(nope, rope, LATENTS_TOGETHER))
     for first in range(0, seen, LATENTS_TOGETHER):
-        made = _decompress(cached[first : first + LATENTS_TOGETHER], wkv_b)
+        made = _decompress(cached[first : first + LATENTS_TOGETHER, :lora], wkv_b, heads * (nope + value))
         addresses = (t.data_ptr() for t in (q_nope, q_pe, cached, made, out, state, space))
         shape = (tokens, seen, first, made.shape[0], heads, nope, rope, value, cached.shape[1])
         rest = (*_query_strides(q_nope, q_pe), _float_bits(scale), code)
@@ -198,8 +208,13 @@ def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Ten
     return out
 
 
-def _decompress(cached: Tensor, wkv_b: Tensor) -> Tensor:
-    """Keys and values of cached latents [S, C + rope]: float32 [S, H * (nope + v)]."""
-    latents = as_float32(cached[:, : wkv_b.shape[2]].contiguous())
-    made: Tensor = torch.ops.dsr1.linear.default(latents, wkv_b.flatten(0, 1), None)
+def _decompress(latents: Tensor, wkv_b: Tensor, rows: int) -> Tensor:
+    """Keys and values of cached latents [S, C]: float32 [S, H * (nope + v)]."""
+    x = as_float32(latents.contiguous())
+    made: Tensor
+    if wkv_b.dtype == torch.uint8:
+        fmt = HEAD_FORMATS[wkv_b.shape[-1]].name
+        made = torch.ops.dsr1.packed_linear.default(x, wkv_b.flatten(), fmt, rows, x.shape[1])
+    else:
+        made = torch.ops.dsr1.linear.default(x, wkv_b.flatten(0, 1), None)
     return made

@@ -83,6 +83,14 @@ FAST = PackedFormat("fast", 4, 32, "odd4", zero=8)
 ACCURATE = PackedFormat("accurate", 4, 16, "i6", zero=0, levels=GAUSS_16)
 Q8 = PackedFormat("q8", 8, BLOCK_K, None, zero=128)
 PACKED_FORMATS = {fmt.name: fmt for fmt in (FAST, ACCURATE, Q8)}
+# By the bytes of a block: those in which the CPU reads wkv_b as it is stored.
+HEAD_FORMATS = {fmt.block_bytes: fmt for fmt in (FAST, Q8)}
+
+
+def reads_heads(name: str, nope: int, value: int, lora: int) -> bool:
+    """Whether a wkv_b in the format `name` can be read as it is stored: no block is ragged or of two heads' rows."""
+    whole = nope % TILE_ROWS == value % TILE_ROWS == lora % BLOCK_K == 0
+    return whole and name in (fmt.name for fmt in HEAD_FORMATS.values())
 
 
 def tiles(shape: tuple[int, ...]) -> int:

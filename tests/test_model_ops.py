@@ -17,7 +17,9 @@ from hybrid_rt.layers import add, rms_norm, silu_times
 from hybrid_rt.rope import turn_pairs
 from offload.emulate import TEMPORARIES, EmulatedBackend, Ledger
 from quant.conversion import as_float32, converted
+from quant.encoding import encode
 from quant.kernels import set_threads, thread_count
+from quant.packed import HEAD_FORMATS, PackedFormat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,6 +172,26 @@ def test_both_forms_of_attention(tokens: int, seen: int, dtype: torch.dtype) -> 
         assert_alike(form, q_nope, q_pe, cached, wkv_b.bfloat16(), scale)
 
 
+def packed_heads(fmt: PackedFormat, heads: int, rows: int, lora: int) -> torch.Tensor:
+    """A random wkv_b in the form in which a store holds it."""
+    data = encode(randn(heads * rows, lora, seed=3) / lora**0.5, fmt)
+    return data.view(heads, rows // 16, lora // 128, fmt.block_bytes)
+
+
+@pytest.mark.parametrize("fmt", HEAD_FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize(("tokens", "sizes"), [(1, (16, 16, 128)), (5, (48, 32, 256)), (3, (128, 128, 512))])
+def test_packed_heads(tokens: int, sizes: tuple[int, int, int], fmt: PackedFormat) -> None:
+    """Absorbed, they are read exactly; decompressed, as every packed matrix is, with latents of 8 bits."""
+    (nope, value, lora), heads = sizes, 3
+    q = randn(tokens, heads, nope + 6, seed=0)
+    cached, wkv_b = randn(70, lora + 6, seed=2), packed_heads(fmt, heads, nope + value, lora)
+    args = (q[..., :nope], q[..., nope:], cached, wkv_b, (nope + 6) ** -0.5)
+    assert_alike(attend_absorbed, *args)
+    expected, ours = attend_decompressed(*args), by_kernel(attend_decompressed, *args)
+    assert (expected - ours).square().sum() < 1e-3 * expected.square().sum()
+    torch.testing.assert_close(attend_absorbed(*args), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", [attend_absorbed, attend_decompressed], ids=["absorbed", "decompressed"])
 def test_a_token_gets_the_same_bits_alone_and_among_others(form: Operator) -> None:
     q_nope, q_pe, cached, wkv_b, scale = attention_inputs(9, 150, torch.float32)
@@ -247,6 +269,11 @@ def test_an_emulated_gpu_counts_the_formulas_temporaries() -> None:
         (add, (torch.ones(2, 4), torch.ones(4, 2)), "are not alike"),
         (add, (torch.ones(2, 4), torch.ones(4, 2).T), "without gaps"),
         (copy_rows, (torch.ones(2, 4), torch.ones(2, 3)), "does not fit"),
+        (
+            attend_absorbed,
+            (*attention_inputs(1, 1, torch.float32)[:3], torch.zeros(5, 16, 4, 1152, dtype=torch.uint8), 1.0),
+            "do not fit together",
+        ),
         (
             attend_absorbed,
             (torch.ones(2, 1, 4), torch.ones(2, 1, 2), torch.ones(1, 8), torch.ones(1, 8, 6), 1.0),

@@ -28,10 +28,13 @@ from quant.kernels.online_softmax import (
     weigh,
     weigh_one,
 )
+from quant.kernels.packed_heads import Q8_HEADS, SUMS, absorb_packed, expand_packed
 from quant.kernels.plain import halves, put
 from quant.kernels.tiles import floats, integers, padded, share, strided_inputs
 from quant.kernels.vector import BF16_CODE, ROW_TILE, TOKEN_TILE, float_of_bits
+from quant.packed import BLOCK_K, FAST, Q8, TILE_ROWS
 
+Q8_BYTES, FAST_BYTES = Q8.block_bytes, FAST.block_bytes
 ROWS_TOGETHER = 32  # queries that share the reading of the cache, where a single head has fewer
 
 
@@ -41,7 +44,7 @@ class Attention(NamedTuple):
     q_nope: int  # [tokens, heads, nope]
     q_pe: int  # [tokens, heads, rope]
     cached: int  # [seen, lora + rope]
-    wkv_b: int  # [heads, nope + value, lora]
+    wkv_b: int  # [heads, nope + value, lora]; packed: [heads, tiles, blocks, bytes of a block]
     out: int  # [tokens, heads, value]
     scratch: int  # float32 [parts, scratch_floats]
     tokens: int
@@ -57,7 +60,7 @@ class Attention(NamedTuple):
     pe_head: int
     scale: int  # float32 bits
     code: int  # of q_nope, q_pe, cached and out
-    wkv_code: int
+    wkv_code: int  # of wkv_b: F32_CODE, BF16_CODE, Q8_HEADS or FAST_HEADS
 
 
 ATTENTION_FIELDS = len(Attention._fields)
@@ -79,12 +82,21 @@ def rows_at_most(tokens: int) -> int:
 def scratch_floats(tokens: int, nope: int, rope: int, lora: int) -> int:
     """float32 values of scratch of one thread: queries, their sums, the queries of one head, and tiles."""
     row = padded(lora + rope) + padded(lora) + 4
-    return rows_at_most(tokens) * row + (tokens + TOKEN_TILE) * padded(nope) + TILE_FLOATS
+    return rows_at_most(tokens) * row + (tokens + TOKEN_TILE) * padded(nope) + SUMS + TILE_FLOATS
+
+
+@inner
+def _row_bytes(attention, rows):  # type: ignore[no-untyped-def]
+    """Bytes of `rows` rows of wkv_b. Packed ones are whole tiles."""
+    if attention.wkv_code < Q8_HEADS:
+        return rows * attention.lora * (4 >> attention.wkv_code)
+    block = Q8_BYTES if attention.wkv_code == Q8_HEADS else FAST_BYTES
+    return rows // TILE_ROWS * (attention.lora // BLOCK_K) * block
 
 
 @inner
 def _open_scratch(attention, part):  # type: ignore[no-untyped-def]
-    """A thread's rows, and the address of float32 [tokens and 4 of zeros, padded(nope)] for the queries of one head."""
+    """A thread's rows; and float32 [tokens and 4 of zeros, padded(nope)] for one head's queries, then SUMS more."""
     tokens, nope, rope, lora = attention.tokens, attention.nope, attention.rope, attention.lora
     rows, width = rows_at_most(tokens), padded(lora + rope) * 4
     values = attention.scratch + part * scratch_floats(tokens, nope, rope, lora) * 4
@@ -111,8 +123,13 @@ def _open_head(attention, wide, head):  # type: ignore[no-untyped-def]
 def _absorb(attention, queries, wide, head, row):  # type: ignore[no-untyped-def]
     """The latent part of queries[row + token] for the tokens of one head."""
     tokens, nope, lora, spare = attention.tokens, attention.nope, attention.lora, rows_at_most(attention.tokens) - 1
-    stride = lora * (4 >> attention.wkv_code)
-    matrix = attention.wkv_b + head * (nope + attention.value) * stride
+    matrix, stride = attention.wkv_b + head * _row_bytes(attention, nope + attention.value), _row_bytes(attention, 1)
+    if attention.wkv_code >= Q8_HEADS:
+        sums = wide + (tokens + TOKEN_TILE) * padded(nope) * 4
+        for token in range(tokens):
+            target, source = queries.values + (row + token) * queries.stride, wide + token * padded(nope) * 4
+            absorb_packed(attention.wkv_code, matrix, nope // TILE_ROWS, lora // BLOCK_K, source, sums, target)
+        return
     if tokens == 1:
         weigh_one(attention.wkv_code, matrix, stride, nope, wide, queries.values + row * queries.stride, lora)
         return
@@ -149,26 +166,40 @@ def _open_queries(attention, queries, wide, first_head, heads):  # type: ignore[
 
 @inner
 def _write(attention, token, head, row, values):  # type: ignore[no-untyped-def]
-    """out[token, head, row : row + 4] = values."""
+    """out[token, head, row : row + len(values)] = values, as far as it goes."""
     address = attention.out + ((token * attention.heads + head) * attention.value + row) * (4 >> attention.code)
-    for number in range(min(ROW_TILE, attention.value - row)):
+    for number in range(min(len(values), attention.value - row)):
         if attention.code == BF16_CODE:
-            put(halves(address, (ROW_TILE,)), number, values[number])
+            put(halves(address, values.shape), number, values[number])
         else:
-            put(floats(address, (ROW_TILE,)), number, values[number])
+            put(floats(address, values.shape), number, values[number])
 
 
 @inner
-def _expand(attention, queries, head, row):  # type: ignore[no-untyped-def]
+def _expand_packed(attention, queries, wide, head, row):  # type: ignore[no-untyped-def]
+    tokens, nope, value, lora = attention.tokens, attention.nope, attention.value, attention.lora
+    matrix = attention.wkv_b + head * _row_bytes(attention, nope + value) + _row_bytes(attention, nope)
+    results = wide + (tokens + TOKEN_TILE) * padded(nope) * 4
+    for token in range(tokens):
+        weighted = queries.weighted + (row + token) * queries.weighted_stride
+        expand_packed(attention.wkv_code, matrix, value // TILE_ROWS, lora // BLOCK_K, weighted, results)
+        _write(attention, token, head, 0, floats(results, (value,)))
+
+
+@inner
+def _expand(attention, queries, wide, head, row):  # type: ignore[no-untyped-def]
     """Step 3 for the tokens of one head, whose rows begin at `row`."""
     tokens, lora = attention.tokens, attention.lora
     for token in range(tokens):
         finish(queries, row + token, lora)
-    wide = lora * (4 >> attention.wkv_code)
-    matrix = attention.wkv_b + (head * (attention.nope + attention.value) + attention.nope) * wide
+    if attention.wkv_code >= Q8_HEADS:
+        _expand_packed(attention, queries, wide, head, row)
+        return
+    stored, first_row = _row_bytes(attention, 1), head * (attention.nope + attention.value) + attention.nope
+    matrix = attention.wkv_b + first_row * stored
     tile = floats(queries.tiles, (TOKEN_TILE, ROW_TILE))
     for first in range(0, attention.value, ROW_TILE):
-        sources = rows_of(matrix, wide, first, attention.value - 1)
+        sources = rows_of(matrix, stored, first, attention.value - 1)
         for token in range(0, tokens, TOKEN_TILE):
             count, stride = min(TOKEN_TILE, tokens - token), queries.weighted_stride
             inputs = strided_inputs(queries.weighted + (row + token) * stride, stride, count)
@@ -191,7 +222,7 @@ def _attend_heads(attention, queries, wide, first_head, heads):  # type: ignore[
         for row in range(0, heads * attention.tokens, TOKEN_TILE):
             attend_tile(queries, row, keys)
     for number in range(heads):
-        _expand(attention, queries, first_head + number, number * attention.tokens)
+        _expand(attention, queries, wide, first_head + number, number * attention.tokens)
 
 
 def _attend_absorbed(arguments, part, parts, sync):  # type: ignore[no-untyped-def]

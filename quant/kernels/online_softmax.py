@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from quant.kernels import silu
 from quant.kernels.jit import inner
 from quant.kernels.plain import get, halves
-from quant.kernels.silu import exp
+from quant.kernels.silu import _exp_lanes, exp
 from quant.kernels.tiles import floats, integers, padded, strided_inputs
 from quant.kernels.vector import (
     BF16_CODE,
@@ -38,7 +38,6 @@ from quant.kernels.vector import (
     make_dot,
     multiply_add,
     splat,
-    splat_bits,
     splat_float,
     tail_mask,
 )
@@ -46,7 +45,6 @@ from quant.kernels.vector import (
 BLOCK = 64  # keys between two looks at the maximum, at most
 TILE_FLOATS = TOKEN_TILE * (BLOCK + ROW_TILE)  # scratch: scores of 4 rows, and a tile of 4 by 4 of them
 LOWEST = np.float32(-np.inf)
-POLYNOMIALS = [float(getattr(silu, f"POLYNOMIAL_{degree}")) for degree in range(6)]
 LOWEST_POWER = splat_float(float(silu.ONE - silu.HIGHEST))
 ACCUMULATORS = 16  # vectors; with 4 operands and a factor they fit 32 registers
 
@@ -370,7 +368,7 @@ def _powers_of(typingctx, scores, count, largest):  # type: ignore[no-untyped-de
             distance = builder.fsub(load_lanes(builder, place, F32, None), most)
             share = builder.select(builder.fcmp_ordered("<", distance, LOWEST_POWER), splat_float(0.0), distance)
             share = builder.select(
-                builder.fcmp_ordered(">=", distance, LOWEST_POWER), _emit_exp(builder, distance), share
+                builder.fcmp_ordered(">=", distance, LOWEST_POWER), _exp_lanes(builder, distance), share
             )
             builder.store(share, builder.inttoptr(place, POINTER)).align = 4
             return [builder.fadd(state[0], share)]
@@ -384,22 +382,6 @@ def _powers_of(typingctx, scores, count, largest):  # type: ignore[no-untyped-de
 # The Python signatures of intrinsics have one argument more than their callers give.
 _largest: Any = _largest_of
 _powers: Any = _powers_of
-
-
-def _emit_exp(builder: Any, x: Any) -> Any:
-    """silu.exp of 16 values from LOWEST_POWER to 0; of others, anything."""
-    bounded = builder.select(builder.fcmp_ordered(">", x, LOWEST_POWER), x, LOWEST_POWER)
-    shifted = builder.fadd(builder.fmul(bounded, splat_float(float(silu.LOG2_E))), splat_float(128.5))
-    power = builder.sub(builder.fptosi(shifted, VI), splat_bits(128))
-    whole = builder.sitofp(power, VF)
-    rest = builder.fsub(bounded, builder.fmul(whole, splat_float(float(silu.LN2_HIGH))))
-    rest = builder.fsub(rest, builder.fmul(whole, splat_float(float(silu.LN2_LOW))))
-    value = splat_float(POLYNOMIALS[0])
-    for factor in POLYNOMIALS[1:]:
-        value = multiply_add(builder, value, rest, splat_float(factor))
-    value = builder.fadd(builder.fadd(builder.fmul(builder.fmul(value, rest), rest), rest), splat_float(1.0))
-    two_to_power = builder.bitcast(builder.shl(builder.add(power, splat_bits(127)), splat_bits(23)), VF)
-    return builder.fmul(value, two_to_power)
 
 
 @inner
