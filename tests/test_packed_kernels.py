@@ -374,9 +374,22 @@ def test_moe_experts_that_nobody_or_everybody_chose(with_tiles: bool) -> None:
         in_order = layer.run(x, ids.flip(1), weights.flip(1))
         out = layer.run(x, ids, weights)
         assert torch.equal(out, in_order) and torch.equal(in_order, layer.expected(x, ids, weights))
-        ids[:, 1] = 6  # the same expert twice
-        assert torch.equal(layer.run(x, ids, weights), layer.expected(x, ids, weights))
         assert layer.run(x[:0], ids[:0], weights[:0]).shape == (0, 64)
+
+
+@by_name
+@by_way
+@pytest.mark.usefixtures("three_threads")
+def test_a_token_may_name_an_expert_several_times(fmt: PackedFormat, with_tiles: bool) -> None:
+    """Then an expert has more pairs than there are tokens."""
+    rng = np.random.default_rng(4)
+    layer = Moe(fmt, 3, 140, 300, rng)
+    for tokens, threads in ((2, 3), (3, 1), (33, 3), (100, 1)):
+        x, ids, weights = routed(tokens, 3, 3, 140, rng)
+        ids[:] = ids[:, :1]
+        set_threads(threads)
+        with granted(with_tiles):
+            assert torch.equal(layer.run(x, ids, weights), layer.expected(x, ids, weights))
 
 
 @by_name
@@ -520,7 +533,7 @@ from quant.kernels import reference
 from quant.kernels.activations import input_bytes, inputs_at, quantise_row, record_of, scale_of
 from quant.kernels.decode import PACKED_CODES
 from quant.kernels.packed_dot import dot_tiles
-from quant.kernels.packed_rows import TABLE_BYTES, set_tiles
+from quant.kernels.packed_rows import RESULTS, TABLE_BYTES, set_tiles
 from tests.test_packed_kernels import FORMATS, random_packed
 
 @numba.njit
@@ -541,7 +554,7 @@ for fmt in FORMATS:
     expected = reference.packed_linear(x, data, fmt, (48, 300), FUSED)
     memory, table = np.empty(input_bytes(4, 300), np.uint8), np.empty(TABLE_BYTES, np.uint8)
     for tokens in (1, 4):
-        out, addresses = np.empty((4, 128), np.float32), [a.ctypes.data for a in (data, x, memory, table)]
+        out, addresses = np.empty((4, RESULTS), np.float32), [a.ctypes.data for a in (data, x, memory, table)]
         run(PACKED_CODES[fmt.name], addresses[0], 3 * fmt.block_bytes, addresses[1], 300, *addresses[2:], tokens,
             out.ctypes.data)
         found = np.concatenate([out[:tokens, :32], out[:tokens, 64:80]], axis=1)

@@ -256,10 +256,21 @@ def _set_gate_up(layer, team, node, unit, then):  # type: ignore[no-untyped-def]
 
 @inner
 def _gate_up_unit(layer, team, node, unit, following):  # type: ignore[no-untyped-def]
-    """A unit of step 2. following: the unit that this thread takes next."""
-    expert, first, end = unit
+    """A unit of step 2. following: the unit that this thread takes next.
+
+    Scratch has room for as many rows as there are tokens: an expert has more pairs only if tokens chose it twice.
+    """
     starts, _ = sorted_pairs(layer)
-    rows = _gate_up_rows(layer, starts[expert], starts[expert + 1])
+    last = starts[unit[0] + 1]
+    for start in range(starts[unit[0]], last, layer.tokens):
+        rows = _gate_up_rows(layer, start, min(start + layer.tokens, last))
+        _gate_up_chunk(layer, team, node, unit, following, rows)
+
+
+@inner
+def _gate_up_chunk(layer, team, node, unit, following, rows):  # type: ignore[no-untyped-def]
+    """A unit of step 2 for some of an expert's pairs."""
+    expert, first, end = unit
     block = first // BLOCK_TILES
     place = _hidden_place(layer, team, rows, block)
     for tile in range(first, end, HALF):
@@ -318,15 +329,17 @@ def _down_expert(layer, team, node, expert, unit, then):  # type: ignore[no-unty
     matrix = addresses[node * layer.experts + expert, 2]
     following = addresses[node * layer.experts + then[0], 2] + then[1] * size
     starts, _ = sorted_pairs(layer)
-    rows = Rows(starts[expert], starts[expert + 1] - starts[expert], 0, 1)
+    first, last = starts[expert], starts[expert + 1]
     for tile in range(unit[0], unit[1], SLOTS):
         end = min(tile + SLOTS, unit[1])
         later = matrix + end * size if end < unit[1] else following
         for half in range(2):
             set_tiles(table, half * HALF, matrix, tile + half * HALF, end, later + half * HALF * size, size)
-        multiply_rows(_hidden(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
         columns = tile * TILE_ROWS, min(end * TILE_ROWS, layer.dim)
-        _add_down(layer, results, rows.first, rows.size, columns)
+        for start in range(first, last, layer.tokens):  # once, as in step 2
+            rows = Rows(start, min(layer.tokens, last - start), 0, 1)
+            multiply_rows(_hidden(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
+            _add_down(layer, results, rows.first, rows.size, columns)
 
 
 @inner
