@@ -259,7 +259,7 @@ def test_kernel_cache(tmp_path: Path) -> None:
     assert "empty" in found(kernel_cache(folder)).value and not folder.exists()
     write(folder, {"abc/x.bin": "12", "def/y.bin": "345", "abc/.z.part": "6"})
     assert "2 compiled kernels, 5 bytes" in found(kernel_cache(folder)).value
-    assert found(kernel_cache(folder / "abc/x.nbi")).verdict == "attention"  # a file, in which no folder can be made
+    assert found(kernel_cache(folder / "abc/x.bin")).verdict == "attention"  # a file, in which no folder can be made
 
 
 def test_hub_cache_looks_at_the_disk_it_would_be_made_on(tmp_path: Path) -> None:

@@ -132,9 +132,7 @@ class Pool:
         with self._lock:
             self._start_workers(parts - 1)
             if not FUTEX:
-                before = load_job(self.state)
-                for posted in self._posted[: parts - 1]:
-                    posted.put(before)
+                self._tell_workers(parts)
             return int(_run(self.state, function, address, parts))
 
     def run_all(self, calls: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
@@ -145,9 +143,14 @@ class Pool:
                 _run_all(self.state, calls.ctypes.data, len(calls))
                 return
             for function, arguments, parts in calls.tolist():
-                for posted in self._posted:
-                    posted.release()
+                self._tell_workers(parts)
                 _run(self.state, function, arguments, parts)
+
+    def _tell_workers(self, parts: int) -> None:
+        """Let those that take part in the next job wait for it."""
+        before = load_job(self.state)
+        for posted in self._posted[: parts - 1]:
+            posted.put(before)
 
     def _own_state(self) -> int:
         """Words of the calling thread alone."""
