@@ -19,7 +19,7 @@ from cli.bench import parse_tokens
 from cli.escape import say
 from hybrid_rt.engine import use_threads
 from offload.benchmark.limits import fastest_read
-from offload.benchmark.weights import allocate
+from offload.memory import huge_memory
 from quant.errors import Dsr1Error
 from quant.kernels.bandwidth import PAGE
 
@@ -33,7 +33,7 @@ COPY_LINE = re.compile(r"^AVG.*Copy: ([\d.]+) MiB/s", re.MULTILINE)
 def our_rate(threads: int, nbytes: int) -> float:
     """Bytes a second of the fastest of our ways, as in `dsr1 bench`."""
     use_threads(threads)
-    memory = allocate(nbytes)
+    memory = huge_memory(nbytes)
     memory.fill_(1)  # pages that were never written are one page of zeros
     starts = range(memory.data_ptr(), memory.data_ptr() + nbytes, RANGE_BYTES)
     _, runs = fastest_read(torch.tensor([(start, RANGE_BYTES // PAGE) for start in starts]))

@@ -72,7 +72,6 @@ FORCED = """
 from quant import isa
 isa.force({name!r})
 import numba
-from quant import ops
 codegen = numba.core.registry.cpu_target.target_context.codegen()
 print(isa.current(), isa.has_tiles(), codegen._get_host_cpu_name(), isa.x86_has("avx2"), isa.x86_has("avx512vnni"))
 """

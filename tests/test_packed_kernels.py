@@ -532,8 +532,8 @@ import numba, numpy as np
 from quant.kernels import reference
 from quant.kernels.activations import input_bytes, inputs_at, quantise_row, record_of, scale_of
 from quant.kernels.decode import PACKED_CODES
-from quant.kernels.packed_dot import dot_tiles
-from quant.kernels.packed_rows import RESULTS, TABLE_BYTES, set_tiles
+from quant.kernels.packed_dot import ROW_BYTES, dot_tiles
+from quant.kernels.packed_rows import TABLE_BYTES, set_tiles
 from tests.test_packed_kernels import FORMATS, random_packed
 
 @numba.njit
@@ -554,7 +554,7 @@ for fmt in FORMATS:
     expected = reference.packed_linear(x, data, fmt, (48, 300), FUSED)
     memory, table = np.empty(input_bytes(4, 300), np.uint8), np.empty(TABLE_BYTES, np.uint8)
     for tokens in (1, 4):
-        out, addresses = np.empty((4, RESULTS), np.float32), [a.ctypes.data for a in (data, x, memory, table)]
+        out, addresses = np.empty((4, ROW_BYTES // 4), np.float32), [a.ctypes.data for a in (data, x, memory, table)]
         run(PACKED_CODES[fmt.name], addresses[0], 3 * fmt.block_bytes, addresses[1], 300, *addresses[2:], tokens,
             out.ctypes.data)
         found = np.concatenate([out[:tokens, :32], out[:tokens, 64:80]], axis=1)

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from quant.kernels import silu
 from quant.kernels.jit import inner
-from quant.kernels.plain import get, halves, inner_sum
+from quant.kernels.plain import get, halves
 from quant.kernels.silu import exp
 from quant.kernels.tiles import floats, integers, padded, strided_inputs
 from quant.kernels.vector import (
@@ -47,6 +47,7 @@ BLOCK = 64  # keys between two looks at the maximum, at most
 TILE_FLOATS = TOKEN_TILE * (BLOCK + ROW_TILE)  # scratch: scores of 4 rows, and a tile of 4 by 4 of them
 LOWEST = np.float32(-np.inf)
 POLYNOMIALS = [float(getattr(silu, f"POLYNOMIAL_{degree}")) for degree in range(6)]
+LOWEST_POWER = splat_float(float(silu.ONE - silu.HIGHEST))
 ACCUMULATORS = 16  # vectors; with 4 operands and a factor they fit 32 registers
 
 
@@ -340,34 +341,44 @@ def _largest_of(typingctx, scores, count, largest):  # type: ignore[no-untyped-d
             return [builder.select(builder.fcmp_ordered(">", values, state[0]), values, state[0])]
 
         (lanes,) = counted_loop(builder, i64(0), count, LANES, [splat(builder, largest, VF)], step)
-        for half in (8, 4, 2, 1):
-            other = builder.shuffle_vector(lanes, lanes, ir.Constant(VI, [lane ^ half for lane in range(LANES)]))
-            lanes = builder.select(builder.fcmp_ordered(">", other, lanes), other, lanes)
-        return builder.extract_element(lanes, ir.Constant(I32, 0))
+        return _folded(builder, lanes, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
     return types.float32(types.int64, types.int64, types.float32), codegen
 
 
+def _folded(builder: Any, lanes: Any, join: Callable[[Any, Any], Any]) -> Any:
+    """The 16 lanes joined into one: halves with each other, then quarters, ..."""
+    for half in (8, 4, 2, 1):
+        other = ir.Constant(VI, [lane ^ half for lane in range(LANES)])
+        lanes = join(builder.shuffle_vector(lanes, lanes, other), lanes)
+    return builder.extract_element(lanes, ir.Constant(I32, 0))
+
+
 @intrinsic
 def _powers_of(typingctx, scores, count, largest):  # type: ignore[no-untyped-def]
-    """Turn `count` (a multiple of 16) float32 at `scores`, none above `largest`, into exp(score - largest)."""
+    """Turn `count` (a multiple of 16) float32 at `scores`, none above `largest`, into exp(score - largest); their sum.
+
+    What is below 1e-37 becomes 0; NaN stays.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         scores, count, largest = args
         most = splat(builder, largest, VF)
 
-        def step(at: Any, _: list[Any]) -> list[Any]:
+        def step(at: Any, state: list[Any]) -> list[Any]:
             place = _offset(builder, scores, at, 4)
             distance = builder.fsub(load_lanes(builder, place, F32, None), most)
-            is_number = builder.fcmp_ordered("ord", distance, distance)
-            share = builder.select(is_number, _emit_exp(builder, distance), distance)
+            share = builder.select(builder.fcmp_ordered("<", distance, LOWEST_POWER), splat_float(0.0), distance)
+            share = builder.select(
+                builder.fcmp_ordered(">=", distance, LOWEST_POWER), _emit_exp(builder, distance), share
+            )
             builder.store(share, builder.inttoptr(place, POINTER)).align = 4
-            return []
+            return [builder.fadd(state[0], share)]
 
-        counted_loop(builder, i64(0), count, LANES, [], step)
-        return context.get_dummy_value()
+        (total,) = counted_loop(builder, i64(0), count, LANES, [splat_float(0.0)], step)
+        return _folded(builder, total, builder.fadd)
 
-    return types.void(types.int64, types.int64, types.float32), codegen
+    return types.float32(types.int64, types.int64, types.float32), codegen
 
 
 # The Python signatures of intrinsics have one argument more than their callers give.
@@ -376,9 +387,8 @@ _powers: Any = _powers_of
 
 
 def _emit_exp(builder: Any, x: Any) -> Any:
-    """silu.exp of 16 values up to 0, none NaN, below -87.37 as of that."""
-    lowest = splat_float(float(silu.ONE - silu.HIGHEST))
-    bounded = builder.select(builder.fcmp_ordered(">", x, lowest), x, lowest)
+    """silu.exp of 16 values from LOWEST_POWER to 0; of others, anything."""
+    bounded = builder.select(builder.fcmp_ordered(">", x, LOWEST_POWER), x, LOWEST_POWER)
     shifted = builder.fadd(builder.fmul(bounded, splat_float(float(silu.LOG2_E))), splat_float(128.5))
     power = builder.sub(builder.fptosi(shifted, VI), splat_bits(128))
     whole = builder.sitofp(power, VF)
@@ -392,24 +402,17 @@ def _emit_exp(builder: Any, x: Any) -> Any:
     return builder.fmul(value, two_to_power)
 
 
-@inner_sum
-def _sum(values):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for value in values:
-        total += value
-    return total
-
-
 @inner
-def _soften(queries, number, visible, row, width):  # type: ignore[no-untyped-def]
-    """Turn scores `number` of a tile, those of `row`, into shares, 0 beyond the `visible` ones; the sums keep up."""
-    scores = floats(queries.tiles, (TOKEN_TILE, BLOCK))[number]
+def _soften(queries, number, visible, most, row, width):  # type: ignore[no-untyped-def]
+    """Turn scores `number` of a tile, those of `row`, into shares, 0 from `visible` on; the row's sums keep up."""
+    place, count = queries.tiles + number * BLOCK * 4, padded(most)
+    scores = floats(place, (BLOCK,))
     if visible == 0:
-        scores[:] = 0
+        scores[:count] = 0
         return
-    scores[visible:] = LOWEST
+    scores[visible:count] = LOWEST
     maxima, totals = floats(queries.maxima, (row + 1,)), floats(queries.totals, (row + 1,))
-    largest = _largest(queries.tiles + number * BLOCK * 4, padded(visible), maxima[row])
+    largest = _largest(place, count, maxima[row])
     if largest > maxima[row]:
         shrink = exp(maxima[row] - largest) if totals[row] != 0 else np.float32(0)
         weighted = floats(queries.weighted + row * queries.weighted_stride, (width,))
@@ -417,9 +420,7 @@ def _soften(queries, number, visible, row, width):  # type: ignore[no-untyped-de
             weighted[index] *= shrink
         totals[row] *= shrink
         maxima[row] = largest
-    _powers(queries.tiles + number * BLOCK * 4, padded(visible), largest)
-    scores[visible:] = 0
-    totals[row] += _sum(scores)
+    totals[row] += _powers(place, count, largest)
 
 
 @inner
@@ -439,7 +440,7 @@ def attend_tile(queries, row, keys):  # type: ignore[no-untyped-def]
     _score(queries, row, keys, most)
     for number in range(TOKEN_TILE):
         visible = _visible(queries, row + number, keys)
-        _soften(queries, number, visible, row + number, keys.value_width)
+        _soften(queries, number, visible, most, row + number, keys.value_width)
     targets = strided_inputs(queries.weighted + row * queries.weighted_stride, queries.weighted_stride, TOKEN_TILE)
     shares = queries.tiles
     weigh(keys.code, keys.values, keys.value_stride, most, shares, BLOCK * 4, targets, keys.value_width, 1)

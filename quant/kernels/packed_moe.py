@@ -255,21 +255,8 @@ def _set_gate_up(layer, team, node, unit, then):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _gate_up_unit(layer, team, node, unit, following):  # type: ignore[no-untyped-def]
-    """A unit of step 2. following: the unit that this thread takes next.
-
-    Scratch has room for as many rows as there are tokens: an expert has more pairs only if tokens chose it twice.
-    """
-    starts, _ = sorted_pairs(layer)
-    last = starts[unit[0] + 1]
-    for start in range(starts[unit[0]], last, layer.tokens):
-        rows = _gate_up_rows(layer, start, min(start + layer.tokens, last))
-        _gate_up_chunk(layer, team, node, unit, following, rows)
-
-
-@inner
-def _gate_up_chunk(layer, team, node, unit, following, rows):  # type: ignore[no-untyped-def]
-    """A unit of step 2 for some of an expert's pairs."""
+def _gate_up_rows_of_unit(layer, team, node, unit, following, rows):  # type: ignore[no-untyped-def]
+    """A unit of step 2 for some of its expert's pairs, no more than there are tokens."""
     expert, first, end = unit
     block = first // BLOCK_TILES
     place = _hidden_place(layer, team, rows, block)
@@ -278,11 +265,23 @@ def _gate_up_chunk(layer, team, node, unit, following, rows):  # type: ignore[no
         _set_gate_up(layer, team, node, (expert, tile, end), then if then[0] >= 0 else unit)
         column = (tile - block * BLOCK_TILES) * TILE_ROWS * 4
         _gate_up_tiles(layer, team, rows, tile, (place[0] + column, place[1]))
+    if not _is_few(layer):
+        _quantise_hidden(layer, rows, block, place)
+
+
+@inner
+def _gate_up_unit(layer, team, node, unit, following):  # type: ignore[no-untyped-def]
+    """A unit of step 2. following: the unit that this thread takes next."""
+    starts, _ = sorted_pairs(layer)
+    start, end = starts[unit[0]], starts[unit[0] + 1]
+    for first in range(start, end, layer.tokens):  # more only if a token has an expert twice
+        rows = _gate_up_rows(layer, first, min(first + layer.tokens, end))
+        _gate_up_rows_of_unit(layer, team, node, unit, following, rows)
     if _is_few(layer):
+        block, rows = unit[1] // BLOCK_TILES, _gate_up_rows(layer, start, end)
         tiles = min(BLOCK_TILES, (layer.inter + TILE_ROWS - 1) // TILE_ROWS - block * BLOCK_TILES)
-        if not _count_unit(layer, rows, block, (tiles + HALF - 1) // HALF):
-            return
-    _quantise_hidden(layer, rows, block, place)
+        if _count_unit(layer, rows, block, (tiles + HALF - 1) // HALF):
+            _quantise_hidden(layer, rows, block, _hidden_place(layer, team, rows, block))
 
 
 @inner
@@ -329,15 +328,14 @@ def _down_expert(layer, team, node, expert, unit, then):  # type: ignore[no-unty
     matrix = addresses[node * layer.experts + expert, 2]
     following = addresses[node * layer.experts + then[0], 2] + then[1] * size
     starts, _ = sorted_pairs(layer)
-    first, last = starts[expert], starts[expert + 1]
     for tile in range(unit[0], unit[1], SLOTS):
         end = min(tile + SLOTS, unit[1])
         later = matrix + end * size if end < unit[1] else following
         for half in range(2):
             set_tiles(table, half * HALF, matrix, tile + half * HALF, end, later + half * HALF * size, size)
         columns = tile * TILE_ROWS, min(end * TILE_ROWS, layer.dim)
-        for start in range(first, last, layer.tokens):  # once, as in step 2
-            rows = Rows(start, min(layer.tokens, last - start), 0, 1)
+        for first in range(starts[expert], starts[expert + 1], layer.tokens):
+            rows = Rows(first, min(layer.tokens, starts[expert + 1] - first), 0, 1)
             multiply_rows(_hidden(layer), rows, table, layer.granted, results, table + TABLE_BYTES)
             _add_down(layer, results, rows.first, rows.size, columns)
 

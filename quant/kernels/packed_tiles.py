@@ -236,7 +236,7 @@ def _write_fast(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Writ
     looked up from its 4 bits c, once in each byte of a row. Codes in upper halves of bytes are multiplied where they
     are: 16 code * 4096 |integer| is what is wanted times 65536.
     """
-    word = builder.load(builder.inttoptr(block, POINTER), typ=VI, align=LINE)
+    word = builder.load(builder.inttoptr(block, POINTER), typ=VI, align=1)
     moved = builder.bitcast(builder.lshr(word, splat_bits(4 * group)) if group else word, BYTES)
     first_bytes = ir.Constant(VI, [0x01010101 * (4 * row) for row in range(4)] * 4)
     c = builder.and_(shuffle_bytes(builder, moved, builder.bitcast(first_bytes, BYTES)), ir.Constant(BYTES, [15] * 64))
@@ -247,7 +247,7 @@ def _write_fast(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Writ
     low, high = builder.and_(size, _shorts(0xFF)), builder.and_(builder.shl(size, _shorts(4)), _shorts(0xF000))
 
     def write(number: int) -> list[Any]:
-        line = builder.load(_at(builder, block, fmt.header_bytes + LINE * (number // 2)), typ=BYTES, align=LINE)
+        line = builder.load(_at(builder, block, fmt.header_bytes + LINE * (number // 2)), typ=BYTES, align=1)
         turned = builder.bitcast(builder.xor(line, turn), SHORTS)
         if number % 2:
             products = multiply_high(builder, builder.and_(turned, _shorts(0xF0F0)), high)
@@ -284,7 +284,7 @@ _WRITERS = {"fast": _write_fast, "accurate": _write_accurate, "q8": _write_q8}
 
 
 def _scales_of(builder: Any, header: Any) -> Any:
-    word = builder.load(builder.inttoptr(header, POINTER), typ=VI, align=LINE)
+    word = builder.load(builder.inttoptr(header, POINTER), typ=VI, align=1)
     return builder.bitcast(builder.and_(word, splat_bits(SCALE_BITS)), VF)
 
 

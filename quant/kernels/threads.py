@@ -132,7 +132,7 @@ class Pool:
         with self._lock:
             self._start_workers(parts - 1)
             if not FUTEX:
-                self._tell_workers(parts)
+                self._post(parts)
             return int(_run(self.state, function, address, parts))
 
     def run_all(self, calls: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
@@ -143,11 +143,11 @@ class Pool:
                 _run_all(self.state, calls.ctypes.data, len(calls))
                 return
             for function, arguments, parts in calls.tolist():
-                self._tell_workers(parts)
+                self._post(parts)
                 _run(self.state, function, arguments, parts)
 
-    def _tell_workers(self, parts: int) -> None:
-        """Let those that take part in the next job wait for it."""
+    def _post(self, parts: int) -> None:
+        """Where there are no futexes: send the workers of the next job to wait for it."""
         before = load_job(self.state)
         for posted in self._posted[: parts - 1]:
             posted.put(before)
