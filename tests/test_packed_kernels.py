@@ -374,9 +374,22 @@ def test_moe_experts_that_nobody_or_everybody_chose(with_tiles: bool) -> None:
         in_order = layer.run(x, ids.flip(1), weights.flip(1))
         out = layer.run(x, ids, weights)
         assert torch.equal(out, in_order) and torch.equal(in_order, layer.expected(x, ids, weights))
-        ids[:, 1] = 6  # the same expert twice
-        assert torch.equal(layer.run(x, ids, weights), layer.expected(x, ids, weights))
         assert layer.run(x[:0], ids[:0], weights[:0]).shape == (0, 64)
+
+
+@by_name
+@by_way
+@pytest.mark.usefixtures("three_threads")
+def test_a_token_may_name_an_expert_several_times(fmt: PackedFormat, with_tiles: bool) -> None:
+    """Then an expert has more pairs than there are tokens."""
+    rng = np.random.default_rng(4)
+    layer = Moe(fmt, 3, 140, 300, rng)
+    for tokens, threads in ((2, 3), (3, 1), (33, 3), (100, 1)):
+        x, ids, weights = routed(tokens, 3, 3, 140, rng)
+        ids[:] = ids[:, :1]
+        set_threads(threads)
+        with granted(with_tiles):
+            assert torch.equal(layer.run(x, ids, weights), layer.expected(x, ids, weights))
 
 
 @by_name

@@ -14,7 +14,7 @@ from quant.kernels import atomics, team, threads
 from quant.kernels.atomics import add_integer, arguments_of, pause
 from quant.kernels.jit import Kernel
 from quant.kernels.team import COUNTER_COUNT, Team, barrier, take
-from quant.kernels.threads import MAX_THREADS, call
+from quant.kernels.threads import MAX_THREADS, call, call_all
 from quant.kernels.tiles import integers
 from tests.test_kernels import run_python
 
@@ -109,6 +109,17 @@ def test_nobody_passes_a_barrier_before_all_have_come(parts: int, lateness: int)
     assert mistakes_of(parts, 200, lateness) == 0
 
 
+def test_many_kernels_in_one_call() -> None:
+    """Each as its own call would run it, with all that the one before has done."""
+    crews = [1 + number % MOST_PARTS for number in range(40)]
+    marks = np.zeros((len(crews), 50), np.int64)
+    arguments = np.array([(row.ctypes.data, 50, 1, 0) for row in marks])
+    calls = [(take_all.address, row.ctypes.data, parts) for row, parts in zip(arguments, crews, strict=True)]
+    call_all(np.array(calls))
+    assert (marks == 1).all()
+    call_all(np.empty((0, 3), np.int64))
+
+
 def call_from_threads(times: int) -> None:
     """Calls of several sizes from four threads at once."""
     wrong: list[Any] = []
@@ -155,6 +166,7 @@ it.test_every_part_runs_once()
 for parts in (1, 2, 3, 2):
     assert (it.marks_of(parts, 1000) == 1).all()
     assert it.mistakes_of(parts, 3, 0) == it.mistakes_of(parts, 3, 3 * team.SPINS) == 0
+it.test_many_kernels_in_one_call()
 it.call_from_threads(10)
 it.test_idle_workers_cost_nothing()
 """
