@@ -20,7 +20,11 @@ DECODE_BLOCK = 2048
 
 F32 = 4
 SMALL_TENSORS = 64 * 512  # masks' aranges, ids and the like: each takes at least one unit of the allocator
-SCRATCH_ROWS = 32  # weight rows that a thread of the expert kernels decodes together
+SCRATCH_ROWS = 32  # weight rows that a thread of the kernels for FP8 and bf16 experts decodes together
+FEW_PAIRS = 64  # the kernel for packed experts keeps hidden values of so many,
+PADDED_ROWS = 32  # reads up to so many rows more than there are,
+ROW_SCRATCH = 1088  # and takes so many bytes for a token in each thread,
+THREAD_SCRATCH = 2**16  # and for what the thread unpacks
 THREADS = max(64, os.cpu_count() or 1)  # threads whose scratch is set aside
 
 
@@ -39,11 +43,27 @@ def host_bytes(config: ModelConfig, chunk: int) -> int:
     """Bytes of the host buffers of offload/experts.py for up to `chunk` tokens."""
     pairs = chunk * config.n_activated_experts
     inputs_and_output = 2 * chunk * config.dim * F32 + pairs * (8 + F32)
-    order = 8 * (2 * config.n_routed_experts + 1 + pairs)
-    quantised = chunk * _whole_blocks(config.dim) * 2  # 8 bits a value, their scales and sums
-    hidden = pairs * _whole_blocks(config.moe_inter_dim) * F32
-    scratch = THREADS * SCRATCH_ROWS * max(config.dim, config.moe_inter_dim) * F32
-    return inputs_and_output + order + quantised + hidden + scratch
+    order = 8 * (2 * config.n_routed_experts + 3 + pairs)
+    return inputs_and_output + order + max(_packed_scratch(config, chunk), _plain_scratch(config, chunk))
+
+
+def _packed_scratch(config: ModelConfig, chunk: int) -> int:
+    """Of packed experts: x of tokens and, for AMX, of pairs, hidden values of pairs, and of few pairs in float32."""
+    pairs = chunk * config.n_activated_experts
+    quantised = _quantised_bytes(chunk + pairs, config.dim) + _quantised_bytes(pairs, config.moe_inter_dim)
+    kept = FEW_PAIRS * _whole_blocks(config.moe_inter_dim) * F32
+    return quantised + kept + THREADS * ((chunk + PADDED_ROWS) * ROW_SCRATCH + THREAD_SCRATCH)
+
+
+def _plain_scratch(config: ModelConfig, chunk: int) -> int:
+    """Of FP8 and bf16 experts: hidden values of pairs, and rows that each thread decodes."""
+    hidden = chunk * config.n_activated_experts * _whole_blocks(config.moe_inter_dim) * F32
+    return hidden + THREADS * SCRATCH_ROWS * max(config.dim, config.moe_inter_dim) * F32
+
+
+def _quantised_bytes(rows: int, columns: int) -> int:
+    """Of rows of 8-bit activations: for each 128, 8 sums of 4 bytes and a scale; up to two cache lines a row."""
+    return (rows + PADDED_ROWS) * (_whole_blocks(columns) // BLOCK_K * (BLOCK_K + 8 * 4 + F32) + 2 * 64)
 
 
 def _whole_blocks(columns: int) -> int:

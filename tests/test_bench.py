@@ -25,7 +25,9 @@ from offload.benchmark.measure import Effort, Run, Runs, alternate
 from offload.benchmark.report import Report, Wanted, measure_shape, thread_steps
 from quant.config import parse_config
 from quant.errors import Dsr1Error
+from quant.isa import has_tiles
 from quant.kernels import bandwidth, set_threads, thread_count
+from quant.kernels.packed_tiles import PEAK_BYTES, PEAK_OPERATIONS
 from quant.packed import ACCURATE, PACKED_FORMATS, ExpertRecord, PackedFormat
 from quant.packing import decode
 from tests.tiny_checkpoint import TINY
@@ -78,6 +80,21 @@ def test_the_peak_multiplies_what_it_counts() -> None:
     total = sum(int(each[at % bandwidth.OPERAND_ROUNDS]) for at in range(rounds))
     assert bandwidth.multiply_bytes(operands, rounds) == total & 0xFFFFFFFF
     assert weights[0].size * side * 2 == bandwidth.ROUND_OPERATIONS
+
+
+@pytest.mark.skipif(not has_tiles(), reason="this processor has no AMX, or the system does not grant it")
+def test_the_peak_of_tiles_multiplies_what_it_counts() -> None:
+    set_threads(2)
+    operands = torch.randint(0, 256, (2, PEAK_BYTES), dtype=torch.uint8)
+    before = operands.clone().view(torch.int8).numpy().astype(np.int64).reshape(2, 8, 16, 64)
+    bandwidth.multiply_tiles(operands, 3)
+    sums = operands.view(torch.int32).numpy().reshape(2, 8, 16, 16)[:, 4:]
+    for part in range(2):
+        for number in range(4):
+            a, b = before[part, number // 2], before[part, 2 + number % 2].reshape(16, 16, 4)
+            expected = np.einsum("tkq,knq->tn", a.reshape(16, 16, 4), b)
+            np.testing.assert_array_equal(sums[part, number], 3 * expected)
+    assert PEAK_OPERATIONS == 2 * 4 * 16 * 16 * 64
 
 
 @settings(max_examples=25, deadline=None)

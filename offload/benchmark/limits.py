@@ -8,6 +8,7 @@ from torch import Tensor
 from offload.benchmark.measure import Run, Runs, seconds_of
 from offload.experts import CpuExperts, PackedExperts
 from offload.node_experts import NodeExperts
+from quant.isa import has_tiles
 from quant.kernels.bandwidth import (
     OPERAND_BYTES,
     PAGE,
@@ -15,12 +16,15 @@ from quant.kernels.bandwidth import (
     ROUND_OPERATIONS,
     ReadVariant,
     multiply_bytes,
+    multiply_tiles,
     read_ranges,
 )
+from quant.kernels.packed_tiles import PEAK_BYTES, PEAK_OPERATIONS
 from quant.kernels.threads import thread_count
 
 READ_RUNS = 3  # of each variant
 PEAK_RUNS = 5
+TILE_ROUNDS = 1 << 19
 PEAK_ROUNDS = 1 << 21  # some milliseconds with vectors of 512 bits
 
 
@@ -66,7 +70,15 @@ def fastest_read(ranges: Tensor) -> tuple[ReadVariant, Runs]:
 
 
 def peak_operations() -> float:
-    """Additions and multiplications of bytes a second, all threads together, with operands at hand: the best run."""
+    """Additions and multiplications of bytes a second, all threads together, with operands at hand: the best run.
+
+    With the instructions that the packed kernels use for many tokens: AMX, or what multiplies vectors of bytes.
+    """
+    if has_tiles():
+        tiles = torch.ones(thread_count(), PEAK_BYTES, dtype=torch.uint8)
+        multiply_tiles(tiles, 1)  # compiles
+        best = min(seconds_of(lambda: multiply_tiles(tiles, TILE_ROUNDS)) for _ in range(PEAK_RUNS))
+        return thread_count() * TILE_ROUNDS * PEAK_OPERATIONS / best
     operands = torch.arange(OPERAND_BYTES).to(torch.uint8)
     multiply_bytes(operands, 1)  # compiles
     best = min(seconds_of(lambda: multiply_bytes(operands, PEAK_ROUNDS)) for _ in range(PEAK_RUNS))

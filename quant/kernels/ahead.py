@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 
 from quant import isa
 from quant.kernels.absorbed import attend_absorbed
-from quant.kernels.bandwidth import multiply_kernel, read_kernel
+from quant.kernels.bandwidth import multiply_kernel, multiply_tiles_kernel, read_kernel
 from quant.kernels.decode import decode
 from quant.kernels.decompressed import attend_block
 from quant.kernels.encode import encode
@@ -39,7 +39,7 @@ MODEL_KERNELS = (linear, attend_block, attend_absorbed, route, rms_norm, turn_pa
 PACKED_KERNELS = (packed_moe_experts, packed_linear, *MODEL_KERNELS, decode)  # for a store
 PLAIN_KERNELS = (moe_experts, *MODEL_KERNELS)  # for a published checkpoint
 ENCODING_KERNELS = (encode,)
-MEASURING_KERNELS = (read_kernel, multiply_kernel)
+MEASURING_KERNELS = (read_kernel, multiply_kernel, multiply_tiles_kernel)
 
 HELPER = """
 import sys

@@ -18,6 +18,7 @@ from quant.isa import x86_has
 from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner
 from quant.kernels.packed_dot import BYTES, LINE, dot_bytes, prefetch
+from quant.kernels.packed_tiles import HAS_TILES, PEAK_BYTES, configure_tiles, release_tiles, tile_rounds
 from quant.kernels.threads import call, thread_count
 from quant.kernels.tiles import integers, share
 from quant.kernels.vector import I32, I64, LANES, VI, i64, load_lanes, splat_bits
@@ -172,7 +173,30 @@ def _multiply_parts(arguments, part, parts, sync):  # type: ignore[no-untyped-de
     return _multiply(operands, rounds)
 
 
+@inner
+def _multiply_tile_rounds(operands, rounds):  # type: ignore[no-untyped-def]
+    configure_tiles()
+    tile_rounds((operands, rounds))
+    release_tiles()
+
+
+@inner
+def _no_tiles(operands, rounds):  # type: ignore[no-untyped-def]
+    pass
+
+
+_multiply_tiles = _multiply_tile_rounds if HAS_TILES else _no_tiles
+
+
+def _multiply_tiles_parts(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
+    """Rounds of AMX products in each part, on operands of its own. Arguments: address, rounds."""
+    operands, rounds = arguments_of(arguments, 2)
+    _multiply_tiles(operands + part * PEAK_BYTES, rounds)
+    return 0
+
+
 read_kernel = Kernel(_read)
+multiply_tiles_kernel = Kernel(_multiply_tiles_parts)
 multiply_kernel = Kernel(_multiply_parts)
 
 
@@ -184,6 +208,14 @@ def read_ranges(ranges: Tensor, variant: ReadVariant) -> int:
     parts = 1 if int(ranges[:, 1].sum()) < SERIAL_PAGES else thread_count()
     total = call(read_kernel, (ranges.data_ptr(), len(ranges), variant.code), parts)
     return int(total) & 0xFFFFFFFF
+
+
+def multiply_tiles(operands: Tensor, rounds: int) -> None:
+    """Multiply tiles of bytes with AMX in all threads, `rounds` times PEAK_OPERATIONS each.
+
+    operands: uint8 [threads, PEAK_BYTES]; the second half of a row becomes its int32 [4, 16, 16] sums.
+    """
+    call(multiply_tiles_kernel, (operands.data_ptr(), rounds), thread_count())
 
 
 def multiply_bytes(operands: Tensor, rounds: int) -> int:

@@ -219,6 +219,32 @@ def _make_unpack(fmt: PackedFormat) -> Any:
     return _make(f"unpack.{fmt.name}", 3, emit)
 
 
+def _emit_peak(builder: Any, operands: Any, rounds: Any) -> None:
+    """Each round: four products of tiles, whose four operands come from the first-level cache."""
+    entry, loop, end = builder.block, builder.append_basic_block("round"), builder.append_basic_block("end")
+    for number in range(4):
+        _void(builder, "tilezero", [_tile(number)])
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    at = builder.phi(I64)
+    for number in range(4):
+        _void(builder, "tileloadd64", [_tile(4 + number), _at(builder, operands, number * TILE_BYTES), i64(TILE_K)])
+    for number in range(4):
+        _void(builder, "tdpbssd", [_tile(number), _tile(4 + number // 2), _tile(6 + number % 2)])
+    following = builder.add(at, i64(1))
+    at.add_incoming(i64(0), entry)
+    at.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, rounds), loop, end)
+    builder.position_at_end(end)
+    for number in range(4):
+        place = _at(builder, operands, (4 + number) * TILE_BYTES)
+        _void(builder, "tilestored64", [_tile(number), place, i64(TILE_K)])
+
+
+PEAK_BYTES = 8 * TILE_BYTES  # four operands, and the four int32 [16, 16] that are stored in the end
+PEAK_OPERATIONS = 2 * 4 * TILE_ROWS * TILE_ROWS * TILE_K  # of a round: a product and a sum each
+
+
 Write = Callable[[int], list[Any]]  # of four columns' number: their bytes
 
 
@@ -297,6 +323,7 @@ release_tiles: Any = _release_tiles
 _wide, _long = (_make_products(*tiles, False) for tiles in ((1, 4), (2, 2)))
 _wide_joined, _long_joined = (_make_products(*tiles, True) for tiles in ((1, 4), (2, 2)))
 _store_products = _make("store", 1, _emit_store)
+tile_rounds = _make("peak", 2, _emit_peak)  # ((operands, rounds)): for bandwidth.py
 _unpack_fast, _unpack_accurate, _unpack_q8 = (_make_unpack(fmt) for fmt in (FAST, ACCURATE, Q8))
 
 
