@@ -187,7 +187,7 @@ PLAIN_MOE = MoeKernel(
     scratch_floats=moe.scratch_floats,
     codes={dtype: code for dtype, (_, code) in KERNELS.items()},
     most_nodes=1,
-    more=lambda layer: (),
+    more=lambda layer: (1, 0),
 )
 PACKED_MOE = MoeKernel(
     run=packed_moe.packed_moe_experts,

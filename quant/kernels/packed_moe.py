@@ -26,8 +26,8 @@ from quant.kernels.packed_linear import padded_rows, unit_tiles
 from quant.kernels.packed_rows import HALF, RESULTS, TABLE_BYTES, Rows, multiply_rows, set_tiles, tile_bytes
 from quant.kernels.packed_tiles import SCRATCH_BYTES, TOKENS, uses_tiles
 from quant.kernels.routing import (
-    PACKED_FIELDS,
-    PackedLayer,
+    LAYER_FIELDS,
+    Layer,
     active_experts,
     is_sorted,
     pairs_address,
@@ -377,8 +377,8 @@ def _nodes_of(layer, team):  # type: ignore[no-untyped-def]
 
 
 def _packed_moe(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
-    """One layer; the arguments are the fields of PackedLayer. Part 0 returns 1, or 0 if an id is out of range."""
-    layer, team = PackedLayer(*arguments_of(arguments, PACKED_FIELDS)), Team(part, parts, sync)
+    """One layer; the arguments are the fields of Layer. Part 0 returns 1, or 0 if an id is out of range."""
+    layer, team = Layer(*arguments_of(arguments, LAYER_FIELDS)), Team(part, parts, sync)
     if not _route(layer, team):
         return 0
     first, end = _nodes_of(layer, team)

@@ -12,25 +12,11 @@ from quant.kernels.tiles import integers
 
 
 class Layer(NamedTuple):
-    """Addresses and sizes of one call. x, out: float32 [tokens, dim]; ids, weights: [tokens, top_k]."""
+    """Addresses and sizes of one call. x, out: float32 [tokens, dim]; ids, weights: [tokens, top_k].
 
-    x: int
-    ids: int
-    weights: int
-    table: int
-    out: int
-    order: int
-    scratch: int
-    tokens: int
-    top_k: int
-    experts: int
-    dim: int
-    inter: int
-    code: int
-
-
-class PackedLayer(NamedTuple):
-    """The same for packed weights. table: int64 [nodes * experts, 3]. granted: whether AMX's tiles may be used."""
+    table: int64 [nodes * experts, ...]. granted: whether AMX's tiles may be used. Only packed weights have several nodes
+    or tiles.
+    """
 
     x: int
     ids: int
@@ -49,7 +35,7 @@ class PackedLayer(NamedTuple):
     granted: int
 
 
-LAYER_FIELDS, PACKED_FIELDS = len(Layer._fields), len(PackedLayer._fields)
+LAYER_FIELDS = len(Layer._fields)
 
 
 @shared
