@@ -137,6 +137,6 @@ class _Pass:
         return row * self.act + max(dense, mixture)
 
     def _mlp(self, inter: int) -> int:
-        """The gate, the up projection and their product; then the product and the result."""
+        """The gate, the up projection, silu of the gate and the product; then the product and the result."""
         hidden = self.tokens * inter * self.act
-        return max(3 * hidden, hidden + self.tokens * self.config.dim * self.act)
+        return max(4 * hidden, hidden + self.tokens * self.config.dim * self.act)

@@ -23,6 +23,7 @@ from offload.benchmark.layer import ENOUGH_BYTES, BenchLayers, Extent, Turn, cho
 from offload.benchmark.limits import expert_ranges, range_bytes, record_ranges
 from offload.benchmark.measure import Effort, Run, Runs, alternate
 from offload.benchmark.report import Report, Wanted, measure_shape, thread_steps
+from offload.workspace import host_bytes
 from quant.config import parse_config
 from quant.errors import Dsr1Error
 from quant.isa import has_tiles
@@ -268,11 +269,13 @@ def test_a_shape_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fewer_experts_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("cli.bench.usable_ram", lambda: 5 * 2**19)
+    config = find_shape("nano")
+    room = 16 * ExpertRecord(ACCURATE, config.dim, config.moe_inter_dim).nbytes
+    monkeypatch.setattr("cli.bench.usable_ram", lambda: host_bytes(config, 1) + room)
     bench(shape="nano", decode="1", prefill="", threads=1, as_json=True)
     printed = capsys.readouterr()
     experts = json.loads(printed.out)["experts"]
-    assert 4 <= experts < 32 and f"only {experts} of 32 experts fit" in printed.err
+    assert experts == 16 and f"only {experts} of 32 experts fit" in printed.err
 
 
 def test_a_model_as_json(chat_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,7 +200,8 @@ def test_the_formula_uses_the_numbers_of_attention() -> None:
 
 
 @pytest.fixture
-def many_threads() -> Iterator[None]:
+def many_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("quant.kernels.threads.MAX_THREADS", 64)
     before = thread_count()
     set_threads(64)
     yield

@@ -149,7 +149,7 @@ def test_tiers_and_residency_with_a_gpu() -> None:
         assert placement.layer is not None or placement.component in ("embed", "norm", "head")
         in_ram = placement.component in ("embed", "routed_expert", "mtp") or placement.layer == 3
         assert (placement.tier == "ram") == in_ram
-        assert placement.residency == ("gpu" if not in_ram else "copied" if placement.component == "kv_b" else "mapped")
+        assert placement.residency == ("mapped" if in_ram else "gpu")
     experts = plan.placement(1, "routed_expert")
     assert experts.experts == (0, 16) and experts.representation == "accurate"
     with pytest.raises(KeyError):
@@ -163,7 +163,7 @@ def test_everything_is_in_ram_on_a_cpu() -> None:
     assert plan.gpu_bytes == plan.reserve_bytes == 0
     assert {placement.tier for placement in plan.placements} == {"ram"}
     kv_b = plan.placement(1, "kv_b")
-    assert (kv_b.representation, kv_b.residency, kv_b.nbytes) == ("f32", "copied", 4 * 4 * 64 * 128)
+    assert (kv_b.representation, kv_b.residency, kv_b.nbytes) == ("q8", "mapped", 16 * 2112)  # [256, 128]: 16 blocks
     assert plan.representation(1, "attention") == "q8"
     buffers = plan.cache_bytes + plan.workspace_bytes + plan.host_bytes
     assert plan.ram_bytes == plan.weight_bytes("ram") + buffers

@@ -22,6 +22,7 @@ from quant.kernels.absorbed import attend_absorbed
 from quant.kernels.bandwidth import multiply_kernel, multiply_tiles_kernel, read_kernel
 from quant.kernels.decode import decode
 from quant.kernels.decompressed import attend_block
+from quant.kernels.elementwise import add, convert, copy_rows, silu_times
 from quant.kernels.encode import encode
 from quant.kernels.jit import COMPILABLE, Compilable
 from quant.kernels.linear import linear
@@ -35,7 +36,8 @@ from quant.kernels.threads import MAX_THREADS, POOL_KERNELS
 from quant.progress import Steps, untold
 
 # The most expensive first.
-MODEL_KERNELS = (linear, attend_block, attend_absorbed, route, rms_norm, turn_pairs)  # for every model
+SMALL_KERNELS = (rms_norm, turn_pairs, convert, copy_rows, add, silu_times)
+MODEL_KERNELS = (linear, attend_block, attend_absorbed, route, *SMALL_KERNELS)  # for every model
 PACKED_KERNELS = (packed_moe_experts, packed_linear, *MODEL_KERNELS, decode)  # for a store
 PLAIN_KERNELS = (moe_experts, *MODEL_KERNELS)  # for a published checkpoint
 ENCODING_KERNELS = (encode,)

@@ -52,6 +52,7 @@ SLOTS = 8
 ROW_BYTES = (SLOTS + 1) * LINE  # from one token's results to the next: no divisor of 4 KiB, or they would look alike
 SCALE_BITS = 0xFFFF0000  # of a header's word
 BYTES, SHORTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
+HALF_SHORTS, HALF_WORDS = ir.VectorType(I16, 16), ir.VectorType(I32, 8)
 
 
 class _Inputs(NamedTuple):
@@ -214,14 +215,14 @@ def _add_narrow_group(builder: Any, block: _Block, group: int, factor: Any, tota
         weights = code_quad(builder, block.fmt, block.address, number)
         for token, q in enumerate(block.qs):
             four = builder.bitcast(splat(builder, _load(builder, q, 4 * number, I32), VI), BYTES)
-            products = _call_in_parts(builder, "llvm.x86.avx2.pmadd.ub.sw", 2, [weights, four])
+            products = _call_in_parts(builder, "llvm.x86.avx2.pmadd.ub.sw", 2, [weights, four], HALF_SHORTS)
             sums[token] = builder.add(sums[token], products)
     after = []
     for total, narrow, at in zip(totals, sums, block.starts, strict=True):
         start = splat(builder, _load(builder, at, 4 * group, I32), VI)
         for words, integers in ((narrow, both), (start, factor)):
             operands = [builder.bitcast(words, SHORTS), builder.bitcast(integers, SHORTS)]
-            total = builder.add(total, _call_in_parts(builder, "llvm.x86.avx2.pmadd.wd", 2, operands))
+            total = builder.add(total, _call_in_parts(builder, "llvm.x86.avx2.pmadd.wd", 2, operands, HALF_WORDS))
         after.append(total)
     return after
 
@@ -337,10 +338,13 @@ def _dot_shorts(builder: Any, a: Any, b: Any) -> Any:
     return builder.add(first, second)
 
 
-def _call_in_parts(builder: Any, name: str, parts: int, vectors: list[Any]) -> Any:
-    """An intrinsic for narrower registers, called for each of `parts` pieces of the vectors."""
+def _call_in_parts(builder: Any, name: str, parts: int, vectors: list[Any], result: ir.Type | None = None) -> Any:
+    """An intrinsic for narrower registers, called for each of `parts` pieces of the vectors.
+
+    result: what it gives for a piece, if that is no vector of the first one's kind.
+    """
     pieces = [[_piece(builder, vector, part, parts) for vector in vectors] for part in range(parts)]
-    kind = ir.FunctionType(pieces[0][0].type, [piece.type for piece in pieces[0]])
+    kind = ir.FunctionType(result or pieces[0][0].type, [piece.type for piece in pieces[0]])
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     results = [builder.call(function, piece) for piece in pieces]
     while len(results) > 1:
