@@ -272,8 +272,8 @@ def test_the_command_prints_one_object(
     assert answer["bytes"] == sum(map(len, whole.values())) - len(whole[MANIFEST_NAME])
     assert answer["files"] == sorted(whole.keys() - {MANIFEST_NAME}) and answer["recipe"] == "q8"
     assert tree(Path(answer["store"])) == whole
-    begun = [line.split(":")[0] for line in told.err.splitlines()]
-    assert sorted(begun) == answer["files"]
+    begun = [line.split(":")[0] for line in told.err.splitlines() if not line.startswith("compiling kernels")]
+    assert sorted(begun) == answer["files"]  # kernels may have to be compiled before
 
 
 @pytest.mark.parametrize(
