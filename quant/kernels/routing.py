@@ -14,8 +14,8 @@ from quant.kernels.tiles import integers
 class Layer(NamedTuple):
     """Addresses and sizes of one call. x, out: float32 [tokens, dim]; ids, weights: [tokens, top_k].
 
-    table: int64 [nodes * experts, ...]. granted: whether AMX's tiles may be used. Only packed weights have several nodes
-    or tiles.
+    table: int64 [nodes * experts, ...]. granted: whether AMX's tiles may be used. Only packed weights have several
+    nodes, or tiles.
     """
 
     x: int
