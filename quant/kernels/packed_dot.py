@@ -11,7 +11,7 @@ memory faster than one. Weights are prefetched a block ahead; at a tile's end th
 comes next, so that the streams never stop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -195,6 +195,16 @@ def _block_sums(builder: Any, block: _Block) -> list[Any]:
     return totals
 
 
+def _quads_of_group(builder: Any, block: _Block, group: int) -> Iterator[int]:
+    """Numbers of a group's four columns at a time; each line is prefetched where its like is about to be read."""
+    each = block.fmt.group // 4
+    for number in range(group * each, (group + 1) * each):
+        if number * block.fmt.bits % 8 == 0:
+            line = block.fmt.header_bytes + LINE * number * block.fmt.bits // 8
+            prefetch(builder, builder.add(block.later, i64(line)))
+        yield number
+
+
 def _adds_in_16_bits(fmt: PackedFormat) -> bool:
     """Whether a group is best added up in 16 bits: codes of 4 bits, and a processor with AVX2 but without VNNI."""
     return fmt.integers == "odd4" and x86_has("avx2") and not x86_has("avxvnni") and not x86_has("avx512vnni")
@@ -207,11 +217,7 @@ def _add_narrow_group(builder: Any, block: _Block, group: int, factor: Any, tota
     """
     both = builder.or_(factor, builder.shl(factor, splat_bits(16)))
     sums: list[Any] = [ir.Constant(SHORTS, [0] * 32)] * len(totals)
-    each = block.fmt.group // 4
-    for number in range(group * each, (group + 1) * each):
-        if number * block.fmt.bits % 8 == 0:
-            line = block.fmt.header_bytes + LINE * number * block.fmt.bits // 8
-            prefetch(builder, builder.add(block.later, i64(line)))
+    for number in _quads_of_group(builder, block, group):
         weights = code_quad(builder, block.fmt, block.address, number)
         for token, q in enumerate(block.qs):
             four = builder.bitcast(splat(builder, _load(builder, q, 4 * number, I32), VI), BYTES)
@@ -230,11 +236,7 @@ def _add_narrow_group(builder: Any, block: _Block, group: int, factor: Any, tota
 def _group_sums(builder: Any, block: _Block, group: int) -> list[Any]:
     """For each token, the sums of level times q over a group: two chains of additions that need not wait."""
     chains = [[splat(builder, _load(builder, at, 4 * group, I32), VI), splat_bits(0)] for at in block.starts]
-    each = block.fmt.group // 4
-    for number in range(group * each, (group + 1) * each):
-        if number * block.fmt.bits % 8 == 0:
-            line = block.fmt.header_bytes + LINE * number * block.fmt.bits // 8
-            prefetch(builder, builder.add(block.later, i64(line)))
+    for number in _quads_of_group(builder, block, group):
         weights = unsigned_quad(builder, block.fmt, block.address, number)
         for q, sums in zip(block.qs, chains, strict=True):
             four = splat(builder, _load(builder, q, 4 * number, I32), VI)
