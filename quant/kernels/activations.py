@@ -40,7 +40,6 @@ from quant.kernels.vector import (
 )
 from quant.packed import ACCURATE, BLOCK_K, FAST, Q8, PackedFormat
 
-VECTORS = BLOCK_K // LANES  # of a block
 STARTS = 8  # int32 of a block
 LINE = 64
 LARGEST = 127.0
