@@ -33,7 +33,6 @@ from quant.kernels.packed_dot import (
     group_integers,
     look_up,
     multiply_high,
-    prefetch,
     shuffle_bytes,
 )
 from quant.kernels.tiles import floats, integers
@@ -46,6 +45,7 @@ from quant.kernels.vector import (
     VI,
     i64,
     multiply_add,
+    prefetch,
     splat,
     splat_bits,
 )
@@ -59,6 +59,7 @@ TILE_K = 64  # columns of a tile
 TILE_BYTES = TILE_ROWS * TILE_K
 UNPACKED = 2 * (BLOCK_K // TILE_K) * TILE_BYTES  # of a block: high and low bytes
 APART = UNPACKED + 5 * LINE  # bytes from one unpacked tile to the next: a multiple of 4 KiB would make them look alike
+GROUP_STEPS = 2  # steps of many tokens that go through all blocks together, so that their results stay in L1
 AHEAD = 1  # blocks between an unpacked one and its prefetch
 PREFETCHED = 18  # lines of a block that are prefetched between products: all of a 4-bit one
 # Scratch: what two steps unpack, up to four tiles each; the sums of one; where those go.
@@ -159,7 +160,7 @@ def _make_products(a_tiles: int, b_tiles: int, is_joined: bool) -> Any:
                     for token, column in lines[:chunks]:
                         _add_scaled(builder, sums, (token, column), is_joined, factors[column], x_scale, places[column])
                         for line in range(token, PREFETCHED, tokens):
-                            prefetch(builder, builder.add(laters[column], i64(line * LINE)))
+                            prefetch(builder, builder.add(laters[column], i64(line * LINE)), near=False)
                     del lines[:chunks]
         assert not lines
 
@@ -207,7 +208,7 @@ def _make_unpack(fmt: PackedFormat) -> Any:
 
     def emit(builder: Any, block: Any, later: Any, target: Any) -> None:
         for offset in range(PREFETCHED * LINE, fmt.block_bytes, LINE):
-            prefetch(builder, builder.add(later, i64(offset)))
+            prefetch(builder, builder.add(later, i64(offset)), near=False)
         quads = fmt.group // 4
         for group in range(BLOCK_K // fmt.group):
             write = _WRITERS[fmt.name](builder, fmt, block, group)
@@ -437,21 +438,30 @@ def multiply_tiles(inputs, table, first, size, blocks, out, scratch):  # type: i
     steps = (_find_used(table) + width - 1) // width
     work = Work(inputs, table, used, scratch + TARGETS, blocks, width, tokens, first, out)
     floats(out, ((size + tokens - 1) // tokens * tokens * ROW_BYTES // 4,))[:] = 0
+    together = GROUP_STEPS if size > TOKENS else steps
+    for start in range(0, steps, together):
+        _multiply_steps(work, size, start, min(start + together, steps), scratch)
+
+
+@inner
+def _multiply_steps(work, size, first_step, end_step, scratch):  # type: ignore[no-untyped-def]
+    """All blocks of some steps' tiles."""
+    inputs, first, tokens, blocks = work.inputs, work.first, work.tokens, work.blocks
     unpacked, other, sums = scratch, scratch + STEP_BYTES, scratch + SUMS
-    _unpack_step(work, 0, 0, unpacked)
-    _set_targets(work, 0, 0)
+    _unpack_step(work, 0, first_step, unpacked)
+    _set_targets(work, 0, first_step)
     # nothing is waiting to be added yet: what these sums are is added to rows that nobody reads
     _products(work, 0, 0, unpacked, sums, scale_of(inputs, first), scratch + WASTE)
-    block, step = 0, 0
+    block, step = 0, first_step
     while block < blocks:
-        next_block, next_step = (block, step + 1) if step + 1 < steps else (block + 1, 0)
+        next_block, next_step = (block, step + 1) if step + 1 < end_step else (block + 1, first_step)
         if next_block < blocks:
             _unpack_step(work, next_block, next_step, other)
         _set_targets(work, block, step)
         for token in range(0, size, tokens):
             _store_products((sums,))
             x_scale = scale_of(inputs, first + token) + block * inputs.rows * 4
-            target = out + token * ROW_BYTES
+            target = work.out + token * ROW_BYTES
             if token + tokens < size:
                 _products(work, block, token + tokens, unpacked, sums, x_scale, target)
             else:  # after the last step there is nothing more to multiply, but its sums are still to be added
