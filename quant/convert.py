@@ -7,6 +7,7 @@ continues with the pieces that are missing, and the store is the same to the byt
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from quant.manifest import MANIFEST_NAME, FileRecord, Manifest
 from quant.pieces import pieces_by_shard, targets_by_file
 from quant.progress import Progress, ignore
 from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe
+from quant.safetensors_file import FileSpan, SafetensorsFile
 from quant.safetensors_writer import FilePlan
-from quant.shards import Shards
+from quant.shard_reader import ShardReader
+from quant.shards import Shards, known_sha256
 from quant.store_file import StoreFile
 from quant.store_layout import STORE_VERSION, StoreEntry, placements, plan_store
 
@@ -63,13 +66,6 @@ def convert(
     weight that is not a number.
     """
     source = source if isinstance(source, Source) else Source.of(source)
-    try:
-        return _convert(source, folder, recipe_name, progress)
-    finally:
-        source.shards.close()
-
-
-def _convert(source: Source, folder: Path, recipe_name: str, progress: Callable[[Progress], None]) -> Manifest:
     checkpoint = source.checkpoint
     recipe = replace(find_recipe(recipe_name), embedding=_embedding_format(checkpoint))
     plans = plan_store(checkpoint.inventory, recipe)
@@ -122,17 +118,28 @@ def _encoder_fingerprint() -> str:
 
 
 def fingerprint(source: Checkpoint) -> str:
-    """SHA-256 over the copied files whole, and name, size, header and last bytes of each shard, in hexadecimal."""
+    """SHA-256 over the copied files and, of each shard, name, size, header and last bytes, in hexadecimal.
+
+    Where the Hub's checksum of a shard is known, it stands for header and last bytes.
+    """
     digest = hashlib.sha256()
     for name in copied_files(source.folder):
         digest.update(f"{name} {sha256_of(source.folder / name)}\n".encode())
     for shard in source.shards:
         digest.update(f"{shard.path.name} {shard.file_bytes}\n".encode())
-        with shard.path.open("rb") as file:
-            digest.update(file.read(shard.data_start))
-            file.seek(max(shard.data_start, shard.file_bytes - TAIL_BYTES))
-            digest.update(file.read())
+        known = known_sha256(shard.path)
+        digest.update(known.encode() if known else _ends(shard))
     return digest.hexdigest()
+
+
+def _ends(shard: SafetensorsFile) -> bytes:
+    """The header of a file and its last bytes."""
+    tail = max(shard.data_start, shard.file_bytes - TAIL_BYTES)
+    with closing(ShardReader(shard.path, shard.file_bytes)) as reader:
+        head, rest = bytearray(shard.data_start), bytearray(shard.file_bytes - tail)
+        reader.read(FileSpan(shard.path, 0, len(head)), memoryview(head))
+        reader.read(FileSpan(shard.path, tail, len(rest)), memoryview(rest))
+    return bytes(head + rest)
 
 
 Plans = Mapping[str, FilePlan[StoreEntry]]
@@ -146,11 +153,11 @@ def _check_space(folder: Path, plans: Plans, source: Source) -> None:
     free = shutil.disk_usage(there).free
     short = store - begun + shards - free
     if short > 0:
-        also = f", and shards of the checkpoint take {_gib(shards)} for a while" if shards else ""
-        has = f", of which {_gib(begun)} are there" if begun else ""
+        also = f", and shards of the checkpoint take {_size(shards)} for a while" if shards else ""
+        has = f", of which {_size(begun)} are there" if begun else ""
         raise StoreError(
-            f"the store takes {_gib(store)}{has}{also}, and the disk of {there} has {_gib(free)} free, "
-            f"{_gib(short)} too little; free as much, or give a folder on another disk"
+            f"the store takes {_size(store)}{has}{also}, and the disk of {there} has {_size(free)} free, "
+            f"{_size(short)} too little; free as much and give the same command again, or give a folder on another disk"
         )
 
 
@@ -160,8 +167,8 @@ def _bytes_on_disk(paths: Iterable[Path]) -> int:
     return sum(getattr(stat, "st_blocks", stat.st_size // 512) * 512 for stat in stats)
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def _copy(source: Path, path: Path) -> FileRecord:

@@ -1,8 +1,9 @@
 """Where the shards of a checkpoint come from: a folder, or whatever else can bring one after the other."""
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 
@@ -25,7 +26,6 @@ class Shards:
     task: Mapping[str, str] = {}
 
     def __init__(self) -> None:
-        self._helper = ThreadPoolExecutor(1, "dsr1-shards")
         self._order: list[Path] = []
         self._coming: dict[Path, Future[Path]] = {}
 
@@ -68,17 +68,21 @@ class Shards:
         """What is on its way from elsewhere."""
         return None
 
-    def close(self) -> None:
-        """Set out for nothing more, and wait for what is on its way."""
-        self._helper.shutdown(wait=True, cancel_futures=True)
-
     def finish(self) -> None:
         """Be told that the store is whole."""
 
     def _bring_next(self) -> None:
+        """In a thread that ends with the process: nobody waits for a download after an interruption."""
         if self._order:
-            path = self._order.pop(0)
-            self._coming[path] = self._helper.submit(self.bring, path)
+            path, coming = self._order.pop(0), Future[Path]()
+            self._coming[path] = coming
+            threading.Thread(target=self._deliver, args=(path, coming), name="dsr1-shard", daemon=True).start()
+
+    def _deliver(self, path: Path, coming: Future[Path]) -> None:
+        try:
+            coming.set_result(self.bring(path))
+        except BaseException as error:
+            coming.set_exception(error)
 
 
 def known_sha256(path: Path) -> str | None:
