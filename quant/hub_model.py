@@ -75,6 +75,12 @@ class HubModel:
             "check the network and the disk, then give the same command again"
         )
 
+    def name_in_cache(self, revision: str | None, name: str) -> None:
+        """Let the Hub's cache know this commit as `revision`, so that others find it without asking; name: any file."""
+        from huggingface_hub import hf_hub_download
+
+        _again(self.hub_id, partial(hf_hub_download, self.hub_id, name, revision=revision))
+
     def cached(self, name: str) -> Path | None:
         """The file in the Hub's cache, if it is there."""
         from huggingface_hub import try_to_load_from_cache

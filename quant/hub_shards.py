@@ -115,6 +115,8 @@ def hub_source(hub_id: str, revision: str | None, store: Path, keep: bool) -> So
         revision = begun.get("revision")
     model = HubModel.find(hub_id, revision)
     root = _texts(model)
+    if keep:
+        model.name_in_cache(revision, CONFIG_NAME)
     names = shard_names(root)
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         headers = dict(zip(names, pool.map(lambda name: model.header(name, root / name), names), strict=True))
