@@ -25,6 +25,7 @@ from benchmarks.synthetic_checkpoint import r1_fields, write_checkpoint
 from cli.escape import say
 from offload.hardware import allowed_cores
 from offload.sizes import parse_size
+from quant.checkpoint import INDEX_NAME
 from quant.errors import Dsr1Error
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -106,11 +107,12 @@ def _enter(group: Path) -> None:
 
 
 def convert_once(data: Path, recipe: str, experts: int, limit: int | None) -> dict[str, Any]:
-    """Make the checkpoint, convert it and delete both."""
+    """Make the checkpoint, if it is not there, convert it and delete both."""
     source, store = data / "checkpoint", data / "store"
     shutil.rmtree(store, ignore_errors=True)
-    say(f"writing a checkpoint with {experts} experts a layer")
-    write_checkpoint(source, r1_fields(experts, 2), SHARD_BYTES)
+    if not (source / INDEX_NAME).exists():  # which is written last
+        say(f"writing a checkpoint with {experts} experts a layer")
+        write_checkpoint(source, r1_fields(experts, 2), SHARD_BYTES)
     command = [sys.executable, "-c", CONVERT, str(source), str(store), recipe]
     try:
         if limit is None:

@@ -8,13 +8,15 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from quant import shard_reader, store_file
+from quant import conversion_run, shard_reader, store_file
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.errors import CheckpointError, Dsr1Error, StoreError
+from quant.journal import Journal
 from quant.manifest import MANIFEST_NAME
 from quant.progress import Progress
 from quant.store import Store
@@ -238,3 +240,65 @@ def test_an_interruption_keeps_what_was_done(source: Path, whole: dict[str, byte
     convert(Checkpoint.open(source), tmp_path / "store", "q8", steps.append)
     assert steps[0].done > 0.3 * steps[0].total
     assert tree(tmp_path / "store") == whole
+
+
+# Power cuts: only what was flushed before is sure to be there
+
+
+class Disk:
+    """What is on the disk for sure: notes writes and flushes, and asks of each line of the journal that it be true."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.loose: dict[str, set[int]] = {}  # written after the last flush, by the name of the open file
+        self.written: dict[str, set[int]] = {}
+        self.renamed: set[str] = set()  # without a flush of the folder since
+        self.lines = self.files = 0
+        write_at, fsync, replace, journal_write = store_file.write_at, os.fsync, Path.replace, Journal.write
+
+        def written(file: Any, data: memoryview, begin: int) -> int:
+            name = Path(file.name).name
+            self.loose.setdefault(name, set()).add(begin)
+            self.written.setdefault(name, set()).add(begin)
+            return write_at(file, data, begin)
+
+        def flushed(descriptor: int) -> None:
+            fsync(descriptor)
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if path.is_dir():
+                self.renamed.clear()
+            self.loose.pop(path.name, None)
+
+        def moved(path: Path, target: Path) -> Path:
+            assert path.name not in self.loose, "a name is given to what is not on the disk"
+            self.renamed.add(Path(target).name)
+            return replace(path, target)
+
+        def noted(journal: Journal, lines: list[list[Any]]) -> None:
+            for line in lines:
+                self.check(line)
+            journal_write(journal, lines)
+
+        patch.setattr(store_file, "write_at", written)
+        patch.setattr(os, "fsync", flushed)
+        patch.setattr(Path, "replace", moved)
+        patch.setattr(Journal, "write", noted)
+
+    def check(self, line: list[Any]) -> None:
+        part = f"{line[0]}.part"
+        if len(line) == 4:
+            assert line[1] in self.written[part] and line[1] not in self.loose.get(part, set())
+            self.lines += 1
+        else:
+            assert part not in self.loose and line[0] not in self.renamed
+            self.files += 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_the_journal_tells_of_what_is_on_the_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion_run, "SYNC_S", 0.0)
+    disk = Disk(monkeypatch)
+    manifest = convert(Checkpoint.open(source), tmp_path / "store", "accurate")
+    assert disk.lines > 50 and disk.files == sum(name.endswith(".safetensors") for name in manifest.files)
+    assert not disk.loose and not disk.renamed
