@@ -47,7 +47,7 @@ Written = list[tuple[Target, int]]  # with CRC-32
 
 @dataclass
 class _Shard:
-    """A shard in work. todo: its pieces. left: how many are not written. asked: how many the system was told to read."""
+    """A shard in work. todo: its pieces. left: those not written yet. asked: those that the system reads ahead."""
 
     path: Path
     reader: ShardReader
