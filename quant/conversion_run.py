@@ -38,7 +38,7 @@ from quant.store_file import StoreFile
 from quant.tensor_rows import Scratch, convert_rows, published_rows, rows_span, scale_rows_span
 
 SYNC_S = 2.0  # what a power cut may cost; longer, and reads wait for what is flushed at once
-READ_AHEAD = 64  # pieces, 256 MiB of FP8: a disk that is flushing keeps nobody waiting for that long
+AHEAD = 64  # pieces handed out beside those in work, 256 MiB of FP8, which the system reads while the disk has time
 HASH_BYTES = 1 << 25  # settled bytes that are worth a task
 WAIT_S = 0.2  # for a shard, before progress is told again
 
@@ -47,13 +47,11 @@ Written = list[tuple[Target, int]]  # with CRC-32
 
 @dataclass
 class _Shard:
-    """A shard in work. todo: its pieces. left: those not written yet. asked: those that the system reads ahead."""
+    """A shard in work. left: pieces that are not written yet."""
 
     path: Path
     reader: ShardReader
-    todo: list[Piece]
     left: int
-    asked: int = 0
 
 
 class ConversionRun:
@@ -81,7 +79,7 @@ class ConversionRun:
     def run(self, pieces: Mapping[Path, list[Piece]]) -> None:
         """Convert; only then return. Raises Dsr1Error, and whatever `progress` raises."""
         with _workers() as (self._pool, count), ThreadPoolExecutor(1, "dsr1-keeper") as self._keeper:
-            self._window = 2 * count + 2
+            self._window = count + AHEAD
             try:
                 self._run(self._missing(pieces))
             except BaseException as error:
@@ -93,11 +91,10 @@ class ConversionRun:
             self._follow(name)  # an earlier run may have written all of it
         self.shards.begin(list(missing))
         for path, todo in missing.items():
-            shard = _Shard(path, self._open(path), todo, len(todo))
-            for number, piece in enumerate(todo):
+            shard = _Shard(path, self._open(path), len(todo))
+            for piece in todo:
                 while self._pieces >= self._window:
                     self._handle()
-                self._read_ahead(shard, number + READ_AHEAD)
                 self._hand_out(piece, shard)
         while self._tasks:
             self._handle()
@@ -134,12 +131,8 @@ class ConversionRun:
                     self._take(*self._finished.get_nowait())
         return ShardReader(found, self._sizes[path])
 
-    def _read_ahead(self, shard: _Shard, end: int) -> None:
-        for piece in shard.todo[shard.asked : end]:
-            shard.reader.will_need(rows_span(self.source, piece))
-        shard.asked = end
-
     def _hand_out(self, piece: Piece, shard: _Shard) -> None:
+        shard.reader.will_need(rows_span(self.source, piece))
         self._tell(replace(self._now, file=shard.path.name, tensor=piece.spec.source))
         self._pieces += 1
         self._submit(self._pool, lambda: self._convert(piece, shard), lambda done: self._note(piece, shard, done))
