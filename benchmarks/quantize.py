@@ -31,7 +31,7 @@ from quant.errors import Dsr1Error
 CGROUPS = Path("/sys/fs/cgroup")
 SHARD_BYTES = int(4.3e9)
 LLAMA_TYPES = ("Q4_0", "Q4_K")
-EXPERTS_OF_LLAMA = 24
+EXPERTS_OF_LLAMA = 16
 CONVERT = """
 import json, sys, time
 from pathlib import Path

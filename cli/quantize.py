@@ -16,7 +16,7 @@ from rich.progress import Progress as ProgressBar
 from cli.compiling import show_compiling
 from cli.escape import escape, say
 from hybrid_rt.engine import use_threads
-from hybrid_rt.models import BUILT_IN, resolve_checkpoint
+from hybrid_rt.models import resolve_checkpoint
 from offload.sizes import format_size
 from quant.checkpoint import Checkpoint
 from quant.convert import Source, convert
@@ -73,8 +73,9 @@ def find_source(src: str, store: Path, hub: HubOptions) -> Source:
         from quant.hub_shards import hub_source
 
         return hub_source(src, hub.revision, store, hub.keep_source)
-    if hub != HubOptions() and (folder.is_dir() or src in BUILT_IN):
-        raise UsageError(f"--revision and --keep-source are for models on the Hub, and {src} is here; leave them out")
+    if hub != HubOptions():
+        where = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{src} is none"
+        raise UsageError(f"--revision and --keep-source are for models on the Hub, and {where}; leave them out")
     folder = resolve_checkpoint(src)
     if is_store(folder):
         raise StoreError(f"{folder} is a store already; give the published checkpoint that it was made from")
