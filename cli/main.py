@@ -66,12 +66,18 @@ def chat(options: RunOptions) -> None:
 
 @app.command()
 def quantize(
-    src: Annotated[str, typer.Argument(help="Published checkpoint: folder, downloaded Hub id, or nano-r1-fp8.")],
+    src: Annotated[str, typer.Argument(help="Published checkpoint: folder, Hub id, or nano-r1-fp8.")],
     dst: Annotated[
         str | None, typer.Argument(help="Folder of the store; a conversion that was stopped there goes on.")
     ] = None,
     recipe: Annotated[str, typer.Option(metavar="NAME", help="accurate, fast or q8.")] = "accurate",
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Of a model on the Hub: branch, tag or commit. Default: newest.")
+    ] = None,
+    keep_source: Annotated[
+        bool, typer.Option("--keep-source", help="Leave downloaded shards in the Hub's cache; else they are deleted.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Convert nothing: compare the checksums of a store.")
     ] = False,
@@ -88,9 +94,10 @@ def quantize(
         return
     if dst is None:
         raise typer.BadParameter("give the folder of the store after the checkpoint")
+    from cli.quantize import HubOptions
     from cli.quantize import quantize as convert
 
-    convert(src, dst, recipe, jobs, json)
+    convert(src, dst, recipe, jobs, json, HubOptions(revision, keep_source))
 
 
 @app.command()
