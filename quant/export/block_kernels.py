@@ -1,4 +1,4 @@
-"""Weights into GGUF blocks: what quant/export/block_reference.py does, with the same bytes, 16 blocks at a time.
+"""Weights into blocks: what quant/export/block_reference.py does, with the same bytes, 16 blocks at a time.
 
 Blocks are the lanes of `Lanes`. Sixteen are worked on at a time, transposed, so that the values at one place of all of
 them are one load; their scales are searched together, and then each block's codes are written from its own values.
@@ -11,10 +11,10 @@ import numpy as np
 
 from quant.export import block_reference as reference
 from quant.export.block_reference import ANCHORS, GROUPS, LARGEST_HALF, LEVELS, MOST_INTEGER, MOST_SCALE
-from quant.export.ggml_types import Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, SUPER_BLOCK, GgmlType
+from quant.export.block_types import INT4_32, INT4_128, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, SUPER_BLOCK, BlockType
 from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner
-from quant.kernels.lanes import fill, load, magnitude, store, transpose, where_less
+from quant.kernels.lanes import fill, load, magnitude, nearest_bf16, store, transpose, where_less
 from quant.kernels.tiles import floats, share, words
 from quant.kernels.vector import LANES, pointer
 
@@ -140,13 +140,14 @@ def _make_best_scale(name: str, size: int) -> tuple[Any, Any]:
 # Searches: from the values at the start of the scratch to scales and integers
 
 
-def _make_one_scale(kind: GgmlType) -> Any:
+def _make_one_scale(kind: BlockType, nearest: Any) -> Any:
+    """nearest: to the scales that there are."""
     fit, best_scale = _make_best_scale(kind.name, kind.block)
 
     @inner
     def search(x):  # type: ignore[no-untyped-def]
-        squares, products = fit(x, _over(fill(ONE), _nearest_half(best_scale(x))))
-        store(x + SCALE, _nearest_half(_over(products, squares)))
+        squares, products = fit(x, _over(fill(ONE), nearest(best_scale(x))))
+        store(x + SCALE, nearest(_over(products, squares)) + fill(ZERO))
 
     return search
 
@@ -309,7 +310,7 @@ def _put_codes(values, minimum, inverse, lowest, highest, codes):  # type: ignor
         codes[i] = np.uint8(np.int32(scaled + ROUNDING - ROUNDING - lowest))
 
 
-def _make_pack_one_scale(kind: GgmlType) -> Any:
+def _make_pack_one_scale(kind: BlockType) -> Any:
     lowest, highest = (np.float32(level) for level in LEVELS[kind.name])
     has_fifth, size = kind.name == "Q5_0", kind.block
 
@@ -330,6 +331,22 @@ def _make_pack_one_scale(kind: GgmlType) -> Any:
         target = _octets(nibbles, size // 2)
         for i in range(size // 2):
             target[i] = codes[i] & np.uint8(15) | codes[i + size // 2] << np.uint8(4)
+
+    return pack
+
+
+def _make_pack_int4(kind: BlockType) -> Any:
+    lowest, highest = (np.float32(level) for level in LEVELS[kind.name])
+    size = kind.block
+
+    @inner
+    def pack(x, values, lane, out):  # type: ignore[no-untyped-def]
+        codes, scale = _octets(x + CODES, size), _octets(x + SCALE + 4 * lane, 4)
+        target = _octets(out, 2 + size // 2)
+        target[0], target[1] = scale[2], scale[3]
+        _put_codes(floats(values, (size,)), ZERO, _inverse(_found(x + SCALE, lane)), lowest, highest, codes)
+        for i in range(size // 2):
+            target[2 + i] = codes[2 * i] | codes[2 * i + 1] << np.uint8(4)
 
     return pack
 
@@ -406,7 +423,7 @@ def _open(values, rows, size, x):  # type: ignore[no-untyped-def]
             columns[k, r] = block[k]
 
 
-def _make_kernel(kind: GgmlType, search: Any, pack: Any) -> Kernel:
+def _make_kernel(kind: BlockType, search: Any, pack: Any) -> Kernel:
     size, block_bytes = kind.block, kind.block_bytes
 
     @inner
@@ -430,9 +447,11 @@ def _make_kernel(kind: GgmlType, search: Any, pack: Any) -> Kernel:
 
 
 BLOCK_KERNELS = {
-    Q4_0: _make_kernel(Q4_0, _make_one_scale(Q4_0), _make_pack_one_scale(Q4_0)),
-    Q5_0: _make_kernel(Q5_0, _make_one_scale(Q5_0), _make_pack_one_scale(Q5_0)),
+    Q4_0: _make_kernel(Q4_0, _make_one_scale(Q4_0, _nearest_half), _make_pack_one_scale(Q4_0)),
+    Q5_0: _make_kernel(Q5_0, _make_one_scale(Q5_0, _nearest_half), _make_pack_one_scale(Q5_0)),
     Q8_0: _make_kernel(Q8_0, _largest_scale, _pack_q8_0),
     Q4_K: _make_kernel(Q4_K, _scales_and_minima, _pack_q4_k),
     Q6_K: _make_kernel(Q6_K, _two_scales, _pack_q6_k),
+    INT4_32: _make_kernel(INT4_32, _make_one_scale(INT4_32, nearest_bf16), _make_pack_int4(INT4_32)),
+    INT4_128: _make_kernel(INT4_128, _make_one_scale(INT4_128, nearest_bf16), _make_pack_int4(INT4_128)),
 }

@@ -1,4 +1,4 @@
-"""How weights become GGUF blocks, in plain NumPy: the judge of quant/export/block_kernels.py, byte by byte.
+"""How weights become blocks of GGUF and of compressed-tensors, in plain NumPy: the judge of quant/export/block_kernels.py, byte by byte.
 
 Everything is float32 and happens in one order. B blocks are encoded at once, [B, n]; P groups of a super block are
 [B, P, n / P], and a value for each of them [B, P]. Errors are squared and count alike for all weights.
@@ -10,20 +10,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.export.ggml_types import Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, GgmlType
+from quant.export.block_types import INT4_32, INT4_128, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, BlockType
+from quant.packing import bf16_of_float, float_of_bf16
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Halves = NDArray[np.float16]
 
 # Where a search begins: the value of largest magnitude stands at one of these levels; scales may have either sign.
+FOUR_BITS = (-8.2, -7.2, -8.8, -7.8, 6.8, -6.2, -8.4, -9.2)
 ANCHORS = {
-    "Q4_0": (-8.2, -7.2, -8.8, -7.8, 6.8, -6.2, -8.4, -9.2),
+    "Q4_0": FOUR_BITS,
+    "INT4_32": FOUR_BITS,
+    "INT4_128": FOUR_BITS,
     "Q5_0": (-16.3, -15.2, -17.2, -14.4, 15.2, 14.4, -15.8, -16.8),
     "Q6_K": (-32.2, -31.2, -33.2, 30.8, 30.0, -30.2),
     "Q4_K": (15.0, 14.2, 15.8, 13.4, 14.6, 15.4, 12.6, 16.4),  # of the range from the least value (or 0) to the largest
 }
 LEVELS = {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-127, 127), "Q6_K": (-32, 31), "Q4_K": (0, 15)}
+LEVELS |= {"INT4_32": LEVELS["Q4_0"], "INT4_128": LEVELS["Q4_0"]}
 MOST_SCALE, MOST_INTEGER = 63, -128  # of Q4_K's 6 bits; of Q6_K's 8, which its largest scale gets
 GROUPS = {"Q4_K": 8, "Q6_K": 16}  # of a super block
 LARGEST_HALF = np.float32(65504)
@@ -40,7 +45,7 @@ class Sums(NamedTuple):
     products: Floats  # Σ l x
 
 
-def encode(values: Floats, kind: GgmlType) -> Bytes:
+def encode(values: Floats, kind: BlockType) -> Bytes:
     """Finite float32 [B, kind.block], at most 2^18 in magnitude, as uint8 [B, kind.block_bytes]."""
     return ENCODERS[kind](values)
 
@@ -98,11 +103,16 @@ def best_scale(values: Floats, name: str) -> Floats:
 # One scale
 
 
-def one_scale(values: Floats, name: str) -> tuple[Floats, Floats]:
-    """Scales [B] of half precision, and levels [B, n]: the best fit, and once more the best scale for its levels."""
-    first = nearest_half(best_scale(values, name))
+def one_scale(
+    values: Floats, name: str, nearest: Callable[[Floats], Floats] = nearest_half
+) -> tuple[Floats, Floats]:
+    """Scales [B], and levels [B, n]: the best fit, and once more the best scale for its levels.
+
+    nearest: to the scales that there are.
+    """
+    first = nearest(best_scale(values, name))
     fit = sums(signed_levels(values, over(ONE, first), name), values)
-    scale = nearest_half(over(fit.products, fit.squares))
+    scale = nearest(over(fit.products, fit.squares))
     return scale, signed_levels(values, over(ONE, scale), name)
 
 
@@ -116,6 +126,18 @@ def _encode_q5_0(values: Floats) -> Bytes:
     codes = (levels + 16).astype(np.uint8)
     fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
     return _joined(_half_bytes(scale), fifth, _halves_together(codes & np.uint8(15)))
+
+
+def nearest_bf16(value: Floats) -> Floats:
+    return float_of_bf16(bf16_of_float(value)) + ZERO
+
+
+def _encode_int4(values: Floats) -> Bytes:
+    """The scale, and codes from the lowest bits of 32 on."""
+    scale, levels = one_scale(values, f"INT4_{values.shape[1]}", nearest_bf16)
+    codes = (levels + 8).astype(np.uint8)
+    bits = bf16_of_float(scale).astype("<u2")[:, None].view(np.uint8)
+    return _joined(bits, codes[:, 0::2] | codes[:, 1::2] << np.uint8(4))
 
 
 def _encode_q8_0(values: Floats) -> Bytes:
@@ -250,10 +272,12 @@ def _joined(*parts: NDArray[Any]) -> Bytes:
     return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
 
-ENCODERS: dict[GgmlType, Callable[[Floats], Bytes]] = {
+ENCODERS: dict[BlockType, Callable[[Floats], Bytes]] = {
     Q4_0: _encode_q4_0,
     Q5_0: _encode_q5_0,
     Q8_0: _encode_q8_0,
     Q4_K: _encode_q4_k,
     Q6_K: _encode_q6_k,
+    INT4_32: _encode_int4,
+    INT4_128: _encode_int4,
 }

@@ -3,14 +3,14 @@
 import torch
 
 from quant.export.block_kernels import BLOCK_KERNELS, SCRATCH_BYTES
-from quant.export.ggml_types import ENCODED, GgmlType
+from quant.export.block_types import ENCODED, BlockType
 from quant.kernels.threads import call, parts_for
 
 WORK = 64  # what a weight costs, in multiplications
 LARGEST = 2.0**18  # a weight, so that no sum of squares overflows; scales of half precision end before that anyway
 
 
-def encode_blocks(values: torch.Tensor, kind: GgmlType) -> torch.Tensor:
+def encode_blocks(values: torch.Tensor, kind: BlockType) -> torch.Tensor:
     """Float32 [..., K], contiguous and on the CPU, as uint8 [bytes]. K: a multiple of kind.block.
 
     ValueError for values that are NaN, infinite, or beyond 2^18.

@@ -11,7 +11,7 @@ from quant.errors import CheckpointError, StoreError
 from quant.export.blocks import encode_blocks
 from quant.export.gguf_fields import check_exportable, model_fields
 from quant.export.gguf_file import GgufPlan, write_gguf
-from quant.export.gguf_tensors import ModelTensor, find_recipe, model_tensors
+from quant.export.gguf_tensors import GgufRecipe, ModelTensor, model_tensors
 from quant.export.gguf_tokenizer import tokenizer_fields
 from quant.export.source import Source, packed_rows, rows_of, strip_ranges, strips
 from quant.export.transfer import source_format, transfer
@@ -32,14 +32,13 @@ class Exported:
 
 
 def export_gguf(
-    source: Source, path: Path, recipe_name: str, progress: Callable[[Progress], None] = lambda _: None
+    source: Source, path: Path, recipe: GgufRecipe, progress: Callable[[Progress], None] = lambda _: None
 ) -> Exported:
     """Write `source` as the file `path`. `progress` is called often.
 
     Raises StoreError if the file is there already or cannot be written, ConfigError and TokenizerError for a model that
     GGUF cannot express, CheckpointError for a weight that is not a number.
     """
-    recipe = find_recipe(recipe_name)
     check_exportable(source.config)
     _check_path(path)
     fields = model_fields(source.config, path.name.removesuffix(SUFFIX), recipe)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from quant.export.ggml_types import GgmlType
+from quant.export.block_types import BlockType
 from quant.files import new_file
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -26,7 +26,7 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]
-    type: GgmlType
+    type: BlockType
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +87,7 @@ def _field(value: Value) -> bytes:
 
 
 def _tensor_info(tensor: GgufTensor, begin: int) -> bytes:
+    assert tensor.type.number is not None
     sizes = tensor.shape[::-1]
     numbers = struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, tensor.type.number, begin)
     return _string(tensor.name) + numbers

@@ -6,7 +6,7 @@ from typing import Literal
 
 from quant.config import ModelConfig
 from quant.errors import StoreError
-from quant.export.ggml_types import F32, Q4_0, Q4_K, Q6_K, Q8_0, GgmlType, fitting
+from quant.export.block_types import F32, Q4_0, Q4_K, Q6_K, Q8_0, BlockType, fitting
 from quant.export.gguf_file import GgufTensor
 from quant.inventory import Inventory, TensorSpec
 
@@ -45,9 +45,9 @@ class GgufRecipe:
 
     name: str
     number: int
-    matrices: GgmlType
-    head: GgmlType
-    down: GgmlType
+    matrices: BlockType
+    head: BlockType
+    down: BlockType
 
 
 RECIPES = {
@@ -124,7 +124,7 @@ def _key_value(spec: TensorSpec, config: ModelConfig, recipe: GgufRecipe) -> Ite
         yield ModelTensor(f"blk.{spec.layer}.{name}", (config.n_heads, *shape), kind, (spec.name,), part, spec.layer)
 
 
-def _type(spec: TensorSpec, shape: tuple[int, ...], layers: int, recipe: GgufRecipe) -> GgmlType:
+def _type(spec: TensorSpec, shape: tuple[int, ...], layers: int, recipe: GgufRecipe) -> BlockType:
     """The type of a matrix of `shape`, or of a vector; norms and routers stay float32."""
     if len(shape) == 1 or spec.component == "router":
         return F32

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.export.block_reference import nearest_half
-from quant.export.ggml_types import Q4_0, Q8_0, GgmlType
+from quant.export.block_types import Q4_0, Q8_0, BlockType
 from quant.formats import QuantTensor
 from quant.packed import BLOCK_K, FAST, Q8, PackedFormat
 from quant.packing import Codes, float_of_bf16, unpack
@@ -18,12 +18,12 @@ Bytes = NDArray[np.uint8]
 TRANSFERS = {Q4_0: FAST, Q8_0: Q8}
 
 
-def source_format(kind: GgmlType) -> PackedFormat | None:
+def source_format(kind: BlockType) -> PackedFormat | None:
     """The packed format whose codes `kind` takes over."""
     return TRANSFERS.get(kind)
 
 
-def transfer(weight: QuantTensor, kind: GgmlType) -> Bytes:
+def transfer(weight: QuantTensor, kind: BlockType) -> Bytes:
     """A matrix [N, K] in the packed format of `kind` as its blocks: uint8 [N, bytes of a row]."""
     assert weight.format is TRANSFERS[kind]
     rows, columns = weight.shape

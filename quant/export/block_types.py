@@ -1,4 +1,4 @@
-"""The block formats of GGUF that we write: how many values a block holds, and in how many bytes.
+"""Formats of other programs that we write in blocks: how many values a block holds, and in how many bytes.
 
 Only numbers stand here, no tensors: sizes of files are counted with it. quant/export/block_reference.py says what the
 bytes mean.
@@ -12,11 +12,11 @@ BLOCK = 32  # of the others
 
 
 @dataclass(frozen=True)
-class GgmlType:
-    """One type of tensor. number: in the file. block: values that lie together in block_bytes bytes."""
+class BlockType:
+    """One format. block: values that lie together in block_bytes bytes. number: what GGUF calls it, if it has it."""
 
     name: str
-    number: int
+    number: int | None
     block: int
     block_bytes: int
 
@@ -29,20 +29,23 @@ class GgmlType:
         return prod(shape[:-1]) * self.row_bytes(shape[-1])
 
 
-F32 = GgmlType("F32", 0, 1, 4)
-F16 = GgmlType("F16", 1, 1, 2)
-Q4_0 = GgmlType("Q4_0", 2, BLOCK, 18)
-Q5_0 = GgmlType("Q5_0", 6, BLOCK, 22)
-Q8_0 = GgmlType("Q8_0", 8, BLOCK, 34)
-Q4_K = GgmlType("Q4_K", 12, SUPER_BLOCK, 144)
-Q6_K = GgmlType("Q6_K", 14, SUPER_BLOCK, 210)
-ENCODED = (Q4_0, Q5_0, Q8_0, Q4_K, Q6_K)  # those with an encoder of our own
+F32 = BlockType("F32", 0, 1, 4)
+F16 = BlockType("F16", 1, 1, 2)
+Q4_0 = BlockType("Q4_0", 2, BLOCK, 18)
+Q5_0 = BlockType("Q5_0", 6, BLOCK, 22)
+Q8_0 = BlockType("Q8_0", 8, BLOCK, 34)
+Q4_K = BlockType("Q4_K", 12, SUPER_BLOCK, 144)
+Q6_K = BlockType("Q6_K", 14, SUPER_BLOCK, 210)
+# A group of compressed-tensors with its bfloat16 scale before it; files hold scales and codes apart.
+INT4_32 = BlockType("INT4_32", None, 32, 18)
+INT4_128 = BlockType("INT4_128", None, 128, 66)
+ENCODED = (Q4_0, Q5_0, Q8_0, Q4_K, Q6_K, INT4_32, INT4_128)  # those with an encoder of our own
 
 # What takes the place of a type whose block does not divide a row, as llama.cpp's own quantiser has it.
 FALLBACK = {Q4_K: Q5_0, Q6_K: Q8_0}
 
 
-def fitting(wanted: GgmlType, columns: int) -> GgmlType:
+def fitting(wanted: BlockType, columns: int) -> BlockType:
     """`wanted`, or what takes its place in rows of `columns` values: a type with shorter blocks, in the end F16."""
     if columns % wanted.block == 0:
         return wanted
