@@ -2,33 +2,25 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from quant.errors import CheckpointError, StoreError
+from quant.export.block_types import ENCODED
 from quant.export.blocks import encode_blocks
 from quant.export.gguf_fields import check_exportable, model_fields
 from quant.export.gguf_file import GgufPlan, write_gguf
 from quant.export.gguf_tensors import GgufRecipe, ModelTensor, model_tensors
 from quant.export.gguf_tokenizer import tokenizer_fields
 from quant.export.source import Source, packed_rows, rows_of, strip_ranges, strips
-from quant.export.transfer import source_format, transfer
+from quant.export.report import Exported
+from quant.export.transfer import CODES_OF, takes_over, transfer
 from quant.files import PART_SUFFIX, Report
 from quant.formats import QuantTensor
 from quant.progress import Meter, Progress
 
 SUFFIX = ".gguf"
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written. files: names and bytes. anew, taken: how many weights were encoded, and had codes taken over."""
-
-    files: dict[str, int]
-    anew: int
-    taken: int
 
 
 def export_gguf(
@@ -47,8 +39,9 @@ def export_gguf(
     _check_space(path, plan.nbytes)
     meter = Meter(sum(tensor.nbytes for tensor in plan.tensors), progress)
     write_gguf(path, plan, lambda tensor: tensor_values(source, tensor), lambda tensor: _report(meter, tensor))
-    taken = sum(weights_of(tensor) for tensor in plan.tensors if is_transferred(source, tensor))
-    return Exported({path.name: plan.nbytes}, sum(map(weights_of, plan.tensors)) - taken, taken)
+    quantised = [tensor for tensor in plan.tensors if tensor.type in ENCODED]
+    taken = sum(weights_of(tensor) for tensor in quantised if is_transferred(source, tensor))
+    return Exported({path.name: plan.nbytes}, sum(map(weights_of, quantised)) - taken, taken)
 
 
 def _check_path(path: Path) -> None:
@@ -115,14 +108,11 @@ def _values(source: Source, weight: QuantTensor, tensor: ModelTensor) -> Iterato
 
 def is_transferred(source: Source, tensor: ModelTensor) -> bool:
     """Whether the source has codes that the tensor takes over."""
-    fmt = source_format(tensor.type)
-    return fmt is not None and tensor.part == "whole" and fmt.name in source.representations(tensor.sources[0])
+    return tensor.part == "whole" and takes_over(source, tensor.sources[0], tensor.type)
 
 
 def _transferred(source: Source, tensor: ModelTensor) -> Iterator[memoryview]:
-    fmt = source_format(tensor.type)
-    assert fmt is not None
     for name in tensor.sources:
-        weight = source.weight(name, fmt.name)
+        weight = source.weight(name, CODES_OF[tensor.type].name)
         for start, stop in strip_ranges(weight.shape):
             yield transfer(packed_rows(weight, start, stop), tensor.type).reshape(-1).data
