@@ -1,6 +1,6 @@
-"""How weights become blocks of GGUF and of compressed-tensors, in plain NumPy: the judge of quant/export/block_kernels.py, byte by byte.
+"""How weights become blocks of GGUF and of compressed-tensors, in plain NumPy.
 
-Everything is float32 and happens in one order. B blocks are encoded at once, [B, n]; P groups of a super block are
+It is the judge of quant/export/block_kernels.py, byte by byte. Everything is float32 and happens in one order. B blocks are encoded at once, [B, n]; P groups of a super block are
 [B, P, n / P], and a value for each of them [B, P]. Errors are squared and count alike for all weights.
 """
 
@@ -103,9 +103,7 @@ def best_scale(values: Floats, name: str) -> Floats:
 # One scale
 
 
-def one_scale(
-    values: Floats, name: str, nearest: Callable[[Floats], Floats] = nearest_half
-) -> tuple[Floats, Floats]:
+def one_scale(values: Floats, name: str, nearest: Callable[[Floats], Floats] = nearest_half) -> tuple[Floats, Floats]:
     """Scales [B], and levels [B, n]: the best fit, and once more the best scale for its levels.
 
     nearest: to the scales that there are.
@@ -160,7 +158,7 @@ def _encode_q6_k(values: Floats) -> Bytes:
 
 
 def two_scales(groups: Floats) -> tuple[Floats, Floats, Floats]:
-    """d [B], each group's integer [B, P], and levels [B, P, n]: group by group the best fit, then the best d for all."""
+    """d [B], each group's integer [B, P], and levels [B, P, n]: the best fit of each group, then the best d for all."""
     fits = best_scale(groups, "Q6_K")
     first = nearest_half(peaks(fits) * np.float32(1 / MOST_INTEGER))[:, None]
     integers = np.rint(np.clip(fits * over(ONE, first), np.float32(-128), np.float32(127)))
@@ -233,7 +231,7 @@ def refit(groups: Floats, d: Floats, dmin: Floats, scales: Floats, minima: Float
     bb = total(minima * minima) * count
     determinant = aa * bb - ab * ab
     new_d, new_min = over(ax * bb - ab * bx, determinant), over(ab * ax - aa * bx, determinant)
-    usable = (ZERO < determinant) & (ZERO < new_d) & (ZERO < new_min)
+    usable = (determinant > ZERO) & (new_d > ZERO) & (new_min > ZERO)
     new_d, new_min = nearest_half(new_d)[:, None], nearest_half(new_min)[:, None]
     return np.where(usable[:, None], new_d, d), np.where(usable[:, None], new_min, dmin)
 

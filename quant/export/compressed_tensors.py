@@ -79,7 +79,7 @@ def quantization_config(inventory: Inventory, recipe: PackedRecipe) -> dict[str,
     components: Sequence[Component] = tuple(inventory.by_component)
     ignored = [name for part, names in IGNORED.items() if part in components for name in names]
     kept = [name for part in recipe.components for name in IGNORED.get(part, ())]
-    weights = {
+    weights: dict[str, Any] = {
         "actorder": None,
         "block_structure": None,
         "dynamic": False,
@@ -151,8 +151,8 @@ def _plan_shard(specs: Sequence[TensorSpec], recipe: PackedRecipe) -> FilePlan[C
     plan = FilePlan.of(tensors, METADATA)
     if f'"{PADDING}'.encode() in plan.head:
         raise StoreError(
-            "this model has a matrix with an odd number of rows and scales, which safetensors files of this kind cannot "
-            "place; export it with --to gguf"
+            "this model has a matrix with an odd number of rows and of scales, after which nothing is aligned in a "
+            "safetensors file; export it with --to gguf"
         )
     return plan
 

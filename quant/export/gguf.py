@@ -13,8 +13,8 @@ from quant.export.gguf_fields import check_exportable, model_fields
 from quant.export.gguf_file import GgufPlan, write_gguf
 from quant.export.gguf_tensors import GgufRecipe, ModelTensor, model_tensors
 from quant.export.gguf_tokenizer import tokenizer_fields
-from quant.export.source import Source, packed_rows, rows_of, strip_ranges, strips
 from quant.export.report import Exported
+from quant.export.source import Source, packed_rows, rows_of, strip_ranges, strips
 from quant.export.transfer import CODES_OF, takes_over, transfer
 from quant.files import PART_SUFFIX, Report
 from quant.formats import QuantTensor

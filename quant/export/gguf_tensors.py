@@ -1,4 +1,4 @@
-"""llama.cpp's tensors of a model, architecture "deepseek2": their names, shapes and types, and what of ours they hold."""
+"""llama.cpp's tensors of a model, architecture "deepseek2": names, shapes and types, and what of ours they hold."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal
 
 from quant.config import ModelConfig
 from quant.errors import StoreError
-from quant.export.block_types import F32, Q4_0, Q4_K, Q6_K, Q8_0, BlockType, fitting
+from quant.export.block_types import ENCODED, F32, FALLBACK, Q4_0, Q4_K, Q6_K, Q8_0, BlockType, fitting
 from quant.export.gguf_file import GgufTensor
 from quant.inventory import Inventory, TensorSpec
 
@@ -41,7 +41,7 @@ Part = Literal["whole", "keys", "values"]
 
 @dataclass(frozen=True)
 class GgufRecipe:
-    """Types of tensors. number: what llama.cpp calls such a file. down: of the second matrices of half of the layers."""
+    """Types of tensors. number: what llama.cpp calls such a file. down: of w2 in the layers that `_is_delicate` says."""
 
     name: str
     number: int
@@ -74,6 +74,12 @@ def find_recipe(name: str) -> GgufRecipe:
     if name not in RECIPES:
         raise StoreError(f"there is no recipe {name!r} for GGUF; give one of {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def block_types(recipe: GgufRecipe) -> tuple[BlockType, ...]:
+    """Every type with an encoder that a file of this recipe may hold."""
+    wanted = {recipe.matrices, recipe.head, recipe.down}
+    return tuple(kind for kind in ENCODED if kind in wanted | {FALLBACK.get(kind) for kind in wanted})
 
 
 def model_tensors(inventory: Inventory, recipe: GgufRecipe) -> tuple[ModelTensor, ...]:

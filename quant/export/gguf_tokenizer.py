@@ -46,7 +46,9 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None if there is no file."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise TokenizerError(f"{path} is larger than {MAX_BYTES >> 20} MiB, so it cannot be a tokenizer; replace it")
+            raise TokenizerError(
+                f"{path} is larger than {MAX_BYTES >> 20} MiB, so it cannot be a tokenizer; replace it"
+            )
         fields = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
@@ -83,9 +85,7 @@ def _splits(pre_tokenizer: Mapping[str, Any]) -> list[str]:
     return [pattern.replace("\r", r"\r").replace("\n", r"\n") for pattern in patterns]
 
 
-def _tokens(
-    vocab: Mapping[str, int], added: list[Mapping[str, Any]], vocab_size: int
-) -> tuple[list[str], list[int]]:
+def _tokens(vocab: Mapping[str, int], added: list[Mapping[str, Any]], vocab_size: int) -> tuple[list[str], list[int]]:
     """Text and type of each token; rows of the embedding without a token get a name that no text has."""
     texts = {number: text for text, number in vocab.items()}
     kinds = dict.fromkeys(texts, NORMAL)
