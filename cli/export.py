@@ -81,9 +81,9 @@ def _tell(
         print(json.dumps({**told, **counts, "files": sorted(exported.files)}))
         return
     say(f"{path}: {format_size(nbytes)}, {target}, recipe {recipe}, in {seconds:.0f} s")
-    if kind == "store":
-        quantised = exported.encoded + exported.taken
+    if kind == "store" and exported.encoded:
+        share = exported.encoded / (exported.encoded + exported.taken)
         say(
-            f"from a store: {exported.taken / quantised:.0%} of the quantised weights keep its codes, the others were "
-            "decoded and encoded anew; from the published checkpoint these are more exact"
+            f"{share:.0%} of the quantised weights were decoded from the store's formats and encoded anew; the published "
+            "checkpoint, as the source, loses less"
         )

@@ -41,7 +41,7 @@ Part = Literal["whole", "keys", "values"]
 
 @dataclass(frozen=True)
 class GgufRecipe:
-    """Types of tensors. number: what llama.cpp calls such a file. down: of w2 in the layers that `_is_delicate` says."""
+    """Types of tensors. number: llama.cpp's, of such a file. down: of w2 in the layers that `_is_delicate` names."""
 
     name: str
     number: int

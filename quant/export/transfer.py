@@ -1,8 +1,8 @@
 """Packed weights of a store in another program's blocks by taking their codes over, where both have the same kind.
 
-`fast` has a scale for 32 weights and codes -8 .. 7, as Q4_0 and groups of 32 of compressed-tensors have; `q8` a scale for
-128 weights and codes -127 .. 127, as Q8_0 has for 32. Only the scale is rounded, to half precision or bfloat16, where
-that does not hold it: docs/export.md says when.
+`fast` has a scale for 32 weights and codes -8 .. 7, as Q4_0 and groups of 32 of compressed-tensors have; `q8` a scale
+for 128 weights and codes -127 .. 127, as Q8_0 has for 32. Only the scale is rounded, to half precision or bfloat16,
+where that does not hold it: docs/export.md says when.
 """
 
 import numpy as np
