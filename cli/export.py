@@ -84,6 +84,6 @@ def _tell(
     if kind == "store" and exported.encoded:
         share = exported.encoded / (exported.encoded + exported.taken)
         say(
-            f"{share:.0%} of the quantised weights were decoded from the store's formats and encoded anew; the published "
-            "checkpoint, as the source, loses less"
+            f"{share:.0%} of the quantised weights were decoded from the store's formats and encoded anew; with the "
+            "published checkpoint as the source less is lost"
         )

@@ -1,8 +1,8 @@
 """How weights become blocks of GGUF and of compressed-tensors, in plain NumPy.
 
 It is the judge of quant/export/block_kernels.py, byte by byte. Everything is float32 and happens in one order. B blocks
-are encoded at once, [B, n]; P groups of a super block are [B, P, n / P], and a value for each of them [B, P]. Errors are
-squared and count alike for all weights.
+are encoded at once, [B, n]; P groups of a super block are [B, P, n / P], and a value for each of them [B, P]. Errors
+are squared and count alike for all weights.
 """
 
 from collections.abc import Callable

@@ -18,9 +18,9 @@ SPLITS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 DEEPSEEK_PRE = "deepseek-v3"
-# For a vocabulary whose pieces are looked up whole before merges (nano-r1's). llama.cpp does that with other rules only;
-# these cut texts otherwise at an apostrophe with s, t, m, d, re, ve or ll and more letters after it, which begins a line
-# or follows a letter or digit; at combining marks; and at punctuation beside other signs.
+# For a vocabulary whose pieces are looked up whole before merges (nano-r1's). llama.cpp does that with other rules
+# only. These cut texts otherwise where s, t, m, d, re, ve or ll and more letters follow an apostrophe that begins a
+# line or stands after a letter or digit, and at combining marks.
 WHOLE_PIECES_PRE = "llama-bpe"
 
 
@@ -64,8 +64,8 @@ def _fields(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], vocab_siz
     model = tokenizer["model"]
     if model["type"] != "BPE" or tuple(_splits(tokenizer["pre_tokenizer"])) != SPLITS:
         raise TokenizerError(
-            "tokenizer.json is not that of DeepSeek-V3 or R1, and llama.cpp knows others by name only; convert this model "
-            "with llama.cpp's own converter"
+            "tokenizer.json is not that of DeepSeek-V3 or R1, and llama.cpp knows others by name only; convert this "
+            "model with llama.cpp's own converter"
         )
     tokens, types = _tokens(model["vocab"], tokenizer["added_tokens"], vocab_size)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
