@@ -35,7 +35,7 @@ EXACT = GgufRecipe("f32", 0, F32, F32, F32)
 BOUNDS = {"f32": 0.002, "q8_0": 0.04, "q4_k": 0.4, "q4_0": 0.4}
 EXACT_ANSWERS = {"f32": 1.0, "q8_0": 0.8}  # the share of greedy answers that must be the same; only for nano-r1
 NEW_TOKENS = 100
-LONG = 300  # random tokens, so that YaRN and the choice of experts are seen
+LONG = 300  # random tokens, so that YaRN and the choice of experts show
 QUESTIONS = (
     "What is 47 * 36?",
     "What is 123 + 456?",

@@ -28,7 +28,7 @@ class Model:
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = CONTEXT
-        parameters.n_threads = parameters.n_threads_batch = 2
+        parameters.n_threads = parameters.n_threads_batch = 1  # two would wait for each other with such small matrices
         parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         self.context: Any = llama_cpp.llama_init_from_model(self.model, parameters) if self.model else None
         if self.context is None:

@@ -132,7 +132,7 @@ def test_codes_of_fast_are_taken_over(source: Checkpoint, tmp_path: Path) -> Non
 
 
 def test_which_scales_of_fast_bfloat16_holds() -> None:
-    """Of the 128 mantissas of d, for how many the product with each |s| is exact: in bfloat16, and in half precision."""
+    """For how many of the 128 mantissas of d the product with each |s| is exact, in bfloat16 and in half precision."""
     mantissas = torch.arange(128, 256, dtype=torch.float32)
     exact = {
         dtype: [int((mantissas * s == (mantissas * s).to(dtype).float()).sum()) for s in range(1, 16, 2)]

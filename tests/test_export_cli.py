@@ -28,7 +28,7 @@ def test_gguf(tmp_path: Path) -> None:
         "recipe": "q8_0",
         "source": "checkpoint",
         "bytes": path.stat().st_size,
-        "encoded": 8523776,
+        "encoded": 8_495_104,
         "taken": 0,
         "files": ["nano.gguf"],
     }
