@@ -218,6 +218,7 @@ def damage_tokenizer(folder: Path, change: Any) -> None:
         (lambda fields: fields["model"].update(type="Unigram"), "not that of DeepSeek-V3"),
         (lambda fields: fields["model"].pop("vocab"), "damaged"),
         (lambda fields: fields["added_tokens"].append(7), "damaged"),
+        (lambda fields: fields["added_tokens"][4].update(content="\ud800"), "damaged"),
         (lambda fields: fields["model"]["vocab"].update(more=512), "512"),
     ],
 )
@@ -330,6 +331,7 @@ def test_a_full_disk_is_told_before(checkpoint: Checkpoint, tmp_path: Path, monk
     ("overrides", "message"),
     [
         ({"rope_scaling": {**tiny_config()["rope_scaling"], "mscale": 0.5}}, "mscale"),
+        ({"rope_theta": 1e300}, "1e\\+300"),
         ({"num_hidden_layers": 27, "n_routed_experts": 4, "n_group": 2, "num_experts_per_tok": 1}, "27 layers"),
     ],
 )

@@ -3,12 +3,13 @@
 from quant.config import ModelConfig, YarnConfig
 from quant.errors import ConfigError
 from quant.export.gguf_file import Value
-from quant.export.gguf_tensors import GgufRecipe
+from quant.export.gguf_tensors import DEFAULT_RECIPE, RECIPES, GgufRecipe
 
 ARCHITECTURE = "deepseek2"
 SIGMOID = 2  # of the gating functions
 QUANTIZATION_VERSION = 2
 YARN_LOG_FACTOR = 0.1  # llama.cpp keeps mscale_all_dim times this
+LARGEST_FLOAT32 = 3.4e38
 LITE_LAYERS = (26, 27)  # llama.cpp takes models of as many layers for ones without a low rank of queries
 
 
@@ -18,6 +19,11 @@ def check_exportable(config: ModelConfig) -> None:
         raise ConfigError(
             f"rope_scaling has mscale {config.yarn.mscale} and mscale_all_dim {config.yarn.mscale_all_dim}, and GGUF "
             "holds one number for both; such a model can be exported with --to compressed-tensors only"
+        )
+    told = model_fields(config, "", RECIPES[DEFAULT_RECIPE]).values()
+    if (largest := max(value for value in told if isinstance(value, float))) > LARGEST_FLOAT32:
+        raise ConfigError(
+            f"config.json holds the number {largest:g}, and a GGUF file none beyond float32; download config.json again"
         )
     if config.q_lora_rank and config.n_layers in LITE_LAYERS:
         raise ConfigError(

@@ -38,9 +38,20 @@ def tokenizer_fields(folder: Path, vocab_size: int) -> dict[str, Value]:
         )
     settings = _read_object(folder / "tokenizer_config.json") or {}
     try:
-        return _fields(tokenizer, settings, vocab_size) | _template(folder, settings)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        fields = _fields(tokenizer, settings, vocab_size) | _template(folder, settings)
+        _check_texts(fields)
+    except (KeyError, TypeError, AttributeError, IndexError, UnicodeEncodeError) as error:
         raise TokenizerError(f"{path} is damaged ({error!r}); download it again") from None
+    return fields
+
+
+def _check_texts(fields: Mapping[str, Value]) -> None:
+    """Raise UnicodeEncodeError if a text is none that can be written: JSON may hold halves of characters."""
+    for value in fields.values():
+        if isinstance(value, str):
+            value.encode()
+        elif isinstance(value, list):
+            "".join(text for text in value if isinstance(text, str)).encode()
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
