@@ -70,7 +70,16 @@ def quantize(
     dst: Annotated[
         str | None, typer.Argument(help="Folder of the store; a conversion that was stopped there goes on.")
     ] = None,
-    recipe: Annotated[str, typer.Option(metavar="NAME", help="accurate, fast or q8.")] = "accurate",
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of a store: accurate (default), fast or q8; see --to.")
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="store; gguf (recipes q4_k, q4_0, q8_0); compressed-tensors (recipes experts, linears).",
+        ),
+    ] = "store",
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Of a model on the Hub: branch, tag or commit. Default: newest.")
@@ -94,10 +103,16 @@ def quantize(
         return
     if dst is None:
         raise typer.BadParameter("give the folder of the store after the checkpoint")
+    if to != "store":
+        from cli.export import export
+
+        export(src, dst, to, recipe, jobs, json)
+        return
     from cli.quantize import HubOptions
     from cli.quantize import quantize as convert
+    from quant.recipes import DEFAULT_RECIPE
 
-    convert(src, dst, recipe, jobs, json, HubOptions(revision, keep_source))
+    convert(src, dst, recipe or DEFAULT_RECIPE, jobs, json, HubOptions(revision, keep_source))
 
 
 @app.command()
