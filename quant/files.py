@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,6 +63,23 @@ def new_file(path: Path, report: Report = ignore) -> Iterator[HashedFile]:
             f"{path} cannot be written ({error.strerror}); check the free space and the permissions of its folder, "
             "then give the same command again"
         ) from None
+
+
+@contextmanager
+def put_in_place(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, of this thread alone, to write a file to; put in place when the body ends well.
+
+    By then it is on the disk. Raises OSError.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PART_SUFFIX}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
