@@ -57,11 +57,17 @@ def run(
 
 @app.command()
 @takes_run_options
-def chat(options: RunOptions) -> None:
+def chat(
+    options: RunOptions,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the latest conversation.")] = False,
+    session: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Continue the conversation of this name or id.")
+    ] = None,
+) -> None:
     """Talk to a model on the terminal."""
     if not sys.stdin.isatty():
         raise typer.BadParameter("chat needs a terminal; use `dsr1 run -p TEXT` or pipe the text into `dsr1 run`")
-    chat_on_terminal(options)
+    chat_on_terminal(options, resume, session)
 
 
 @app.command()
@@ -177,10 +183,10 @@ def evaluate(
     measure(model, against, text, window, context, threads, dtype, json)
 
 
-def chat_on_terminal(options: RunOptions) -> None:
-    from cli.chat import Chat
+def chat_on_terminal(options: RunOptions, resume: bool = False, session: str | None = None) -> None:
+    from cli.chat.loop import Chat
 
-    Chat(options).loop()
+    Chat(options, resume, session).loop()
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What was said in a conversation: turns of a question, the thinking and the answer. Plain data that events build up."""
+"""What was said in a conversation: turns of a question, the thinking and the answer. Events build it up."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,21 +59,17 @@ class Conversation:
                 self.summary, self.turns = text.get("text", ""), []
             case "ask":
                 self.turns.append(Turn(text.get("text", "")))
-            case "part" | "answer" as kind if self.turns:
-                self._answer(text, kind == "answer")
+            case "part" if self.turns:
+                turn = self.turns[-1]
+                reasoning, answer = turn.reasoning + text.get("reasoning", ""), turn.answer + text.get("text", "")
+                self.turns[-1] = replace(turn, reasoning=reasoning, answer=answer)
+            case "answer" if self.turns:
+                self.turns[-1] = Turn(
+                    self.turns[-1].user, text.get("reasoning", ""), text.get("text", ""), text.get("finish") or "stop"
+                )
             case "forget":
-                self._forget(event.get("first"), event.get("last"))
-
-    def _answer(self, text: Mapping[str, str], is_whole: bool) -> None:
-        finish = text.get("finish", "stop") if is_whole else ""
-        self.turns[-1] = replace(
-            self.turns[-1], reasoning=text.get("reasoning", ""), answer=text.get("text", ""), finish=finish
-        )
-
-    def _forget(self, first: object, last: object) -> None:
-        for count, end in ((first, slice(0, 0)), (last, None)):
-            if isinstance(count, int) and count > 0:
-                del self.turns[slice(0, count) if end else slice(-count, None)]
+                first, last = _count(event.get("first")), _count(event.get("last"))
+                self.turns = self.turns[first : max(first, len(self.turns) - last)]
 
     @property
     def title(self) -> str:
@@ -94,6 +90,10 @@ class Conversation:
         return said
 
 
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
 def _told(summary: str) -> str:
     return f"What was said before, in short:\n{summary}" if summary else ""
 
@@ -108,7 +108,7 @@ def ask(text: str) -> dict[str, Any]:
 
 
 def part(reasoning: str, answer: str) -> dict[str, Any]:
-    """All of the answer so far, while it still comes."""
+    """What was added to the answer since the last such event, while it still comes."""
     return {"kind": "part", "reasoning": reasoning, "text": answer}
 
 

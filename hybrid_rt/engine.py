@@ -166,6 +166,10 @@ class Engine:
         prompt = self.tokenizer.chat_template.render(messages)
         return self.tokenizer.encode(open_thinking(prompt, think))
 
+    def history_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation as the tokens that stand before whatever is asked next."""
+        return self.tokenizer.encode(self.tokenizer.chat_template.render(messages, add_generation_prompt=False))
+
     def check_ids(self, ids: Sequence[int]) -> torch.Tensor:
         """`ids` as int64 [T]. Raises ContextError if there are none or too many, Dsr1Error if one is no token."""
         checked = torch.as_tensor(ids, dtype=torch.int64)
