@@ -57,16 +57,19 @@ class LatentStore:
         self.limit = limit
         self.model = engine_identity(engine)
         self.notes: list[str] = []
+        self._damaged: set[Path] = set()
 
     def restore(self, session: "Session", ids: Sequence[int]) -> int:
         """Give `session` the longest beginning of `ids` that it or the disk holds; returns its length."""
         known = session.keep_common(ids)
         position, before, used = 0, self.model, []
-        for block in self._blocks(ids):
+        blocks = list(self._blocks(ids))
+        for number, block in enumerate(blocks):
             path = self._path(block.name)
             if block.first + BLOCK > known:
                 found = self._read(path, session, ids[block.first : block.first + BLOCK])
                 if found is None or len(found.tokens) < BLOCK:
+                    self._forget_behind(path, blocks[number + 1 :])
                     break
                 session.adopt(block.first, found)
             used.append(path)
@@ -116,9 +119,16 @@ class LatentStore:
         except CheckpointError:
             self._note("a part of the cached conversation is damaged or foreign; it is computed again")
             path.unlink(missing_ok=True)
+            self._damaged.add(path)
             return None
         shared = common_prefix(found.tokens, wanted)
         return CachedTokens(found.tokens[:shared], {name: rows[:, :shared] for name, rows in found.rows.items()})
+
+    def _forget_behind(self, path: Path, blocks: Sequence[Block]) -> None:
+        """Behind a damaged file there may be more of them, and all will be computed anyway."""
+        if path in self._damaged:
+            for block in blocks:
+                self._path(block.name).unlink(missing_ok=True)
 
     def _blocks(self, tokens: Sequence[int]) -> Iterator[Block]:
         before = self.model

@@ -63,7 +63,7 @@ def test_cuts_make_no_difference(cuts: list[int], width: int) -> None:
     assert by_character(render_in(parts, width)) == by_character(render_in([EVERYTHING], width))
 
 
-@given(st.text(alphabet="ab1 *_`$\\|#->.[]()\n~中é​️", max_size=80), st.lists(st.integers(0, 80), max_size=6))
+@given(st.text(alphabet="ab1 *_`$\\|#->.[]()\n~中é\u200b️", max_size=80), st.lists(st.integers(0, 80), max_size=6))
 def test_any_text_comes_out_whole_however_it_is_cut(text: str, cuts: list[int]) -> None:
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
@@ -130,7 +130,7 @@ def test_bars_that_are_no_table() -> None:
 
 
 def test_a_line_of_a_megabyte() -> None:
-    for word in ("a", "*a ", "`", "|", "中", "$x", "_*", "-"):
+    for word in ("a", "*a ", "`a", "|", "中", "$x", "_*", "-"):
         cut = (word * 1000)[:1000]
         assert len(text_of(render_in([cut] * 100))) >= 40  # as it streams
     assert len(text_of(render_in(["*a" * 50_000], 79))) >= 10**5

@@ -1,8 +1,8 @@
 """Emphasis, code and mathematics within a line of Markdown, decided as early as the text allows.
 
 What may be markup is held back until it is closed; at the end of the line, or where MAX_HELD characters hold no end of
-it, it is shown as it is. Mathematics stays as it is written. Unlike in CommonMark, `*` between Latin letters or digits is a
-multiplication sign.
+it, it is shown as it is. Mathematics stays as it is written. Unlike in CommonMark, `*` between Latin letters or digits
+is a multiplication sign.
 """
 
 import re
