@@ -26,9 +26,7 @@ def tell(text: str) -> None:
 def talk_for_ever(engine: Engine, folder: Path) -> None:
     """Ask and answer until somebody kills this process."""
     tell(f"pid {os.getpid()}")
-    talk = Talk(
-        engine, "tiny", SavedConversations(folder / "sessions"), LatentStore(engine, folder=folder / "latents")
-    )
+    talk = Talk(engine, "tiny", SavedConversations(folder / "sessions"), LatentStore(engine, folder=folder / "latents"))
     talk.begin("Be brief.")
     latest = talk.saved.latest()
     if latest is not None:

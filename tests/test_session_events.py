@@ -88,7 +88,7 @@ def test_every_damaged_byte_costs_at_most_two_lines(tmp_path: Path) -> None:
 def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     path = tmp_path / "20260101-000000-abcd.jsonl"
     log = EventLog.open(path)
-    code = "from pathlib import Path; from hybrid_rt.event_log import EventLog; import sys; EventLog.open(Path(sys.argv[1]))"
+    code = "import sys, pathlib; from hybrid_rt.event_log import EventLog; EventLog.open(pathlib.Path(sys.argv[1]))"
     second = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert "InUseError" in second.stderr and "is open in another dsr1" in second.stderr
     assert is_in_use(path)

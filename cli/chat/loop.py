@@ -213,7 +213,7 @@ def no_echo() -> Iterator[None]:
         return
     before = termios.tcgetattr(sys.stdin)
     quiet = [*before]
-    quiet[3] &= ~termios.ECHO
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
     termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
     try:
         yield

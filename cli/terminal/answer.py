@@ -100,6 +100,6 @@ def stats(timings: Timings, finish_reason: str, context: int) -> str:
     used = timings.prompt_tokens + timings.tokens
     reused = timings.prompt_tokens - timings.prefilled
     return (
-        f"{timings.tokens:,} tokens at {timings.decode_tok_s:,.1f}/s · prompt {timings.prefilled:,} new at "
+        f"{timings.tokens:,} tokens, {timings.decode_tok_s:,.1f}/s · prompt {timings.prefilled:,} new, "
         f"{timings.prefill_tok_s:,.0f}/s, {reused:,} reused · context {used:,} of {context:,}{ended}"
     )

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from cli.escape import escape
 from cli.terminal.inline import Piece
-from cli.terminal.wrap import clip
+from cli.terminal.wrap import clip, wrap
 
 STYLES = {
     "bold": "1", "dim": "2", "italic": "3", "code": "36", "heading": "1;4", "quote": "3", "marker": "36",
@@ -47,8 +47,9 @@ class Screen:
             self._put(self._erased() + text)
 
     def line(self, text: str, style: str = "") -> None:
-        """A line that stays."""
-        self.write([Piece(escape(text), style), Piece("\n")])
+        """A line that stays, broken between words if it is long."""
+        lines = wrap(escape(text), self.width) if self.is_fancy else [escape(text)]
+        self.write([Piece("\n".join(lines), style), Piece("\n")])
 
     def status(self, lines: Sequence[str], style: str = "dim") -> None:
         """Show these rows below all that was written, in place of those shown before; none takes them away.
@@ -69,8 +70,8 @@ class Screen:
             return ""
         if self.width < self._drawn_width:
             return "\r\n"
-        up = f"\x1b[{rows - 1}A" if rows > 1 else ""
-        return f"\r{up}\x1b[J"
+        # Row by row: tmux keeps what is erased down to the screen's end, if that begins at the top.
+        return "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (rows - 1)
 
     def _styled(self, pieces: Iterable[Piece]) -> str:
         out: list[str] = []
