@@ -34,11 +34,18 @@ class Screen:
     @property
     def width(self) -> int:
         """Cells of a row that text may use; one is left free, where terminals differ in when they wrap."""
-        return max(10, shutil.get_terminal_size().columns - 1)
+        return max(10, self._size().columns - 1)
 
     @property
     def height(self) -> int:
-        return shutil.get_terminal_size().lines
+        return self._size().lines
+
+    def _size(self) -> os.terminal_size:
+        """Of the terminal itself; COLUMNS may be of another time."""
+        try:
+            return os.get_terminal_size(self.file.fileno())
+        except (OSError, ValueError):
+            return shutil.get_terminal_size()
 
     def write(self, pieces: Iterable[Piece]) -> None:
         """Write text that stays, whose control characters are escaped already. A status below it goes away first."""
