@@ -64,5 +64,12 @@ class Terminal:
             assert time.monotonic() < deadline, f"{pattern!r} did not come:\n{screen}"
             time.sleep(0.05)
 
+    def wait_for_end(self) -> None:
+        """Until the program has ended."""
+        deadline = time.monotonic() + WAIT_S
+        while self.tmux("list-panes", "-t", "main", "-F", "#{pane_dead}").strip() != "1":
+            assert time.monotonic() < deadline, f"the program goes on:\n{self.screen()}"
+            time.sleep(0.05)
+
     def close(self) -> None:
         subprocess.run(["tmux", "-L", self.server, "kill-server"], capture_output=True)
