@@ -48,7 +48,7 @@ class Chat:
         self.editing: str | None = None
         self.last_step: Step | None = None
         self._history: tuple[int, int] = (0, 0)
-        self.screen.line(f"loaded from {self.engine.folder} in {time.monotonic() - begun:.1f} s", "dim")
+        self.screen.line(f"loaded from {tilde(self.engine.folder)} in {time.monotonic() - begun:.1f} s", "dim")
         self.screen.line(started(self.engine, options.model), "dim")
         self.talk.begin(options.system or "")
         self._resume_as_asked(resume, session)
@@ -219,6 +219,12 @@ def no_echo() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def tilde(path: Path) -> str:
+    """A path, its beginning as `~` where it lies in the user's home."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def describe_resumed(found: Resumed, saved: Saved, model: str) -> list[str]:
