@@ -1,14 +1,43 @@
 """`dsr1 eval --budgets LIST`: accuracy against the budget of thinking, as a table and a plot."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_rt.evaluate.budgets import BudgetPoint
+from cli.eval import load, shown_progress
+from hybrid_rt.evaluate.budgets import BudgetPoint, measure_budgets
+from hybrid_rt.evaluate.questions import read_questions
 from quant.errors import UsageError
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """What the user asked of `dsr1 eval --budgets`; None means a default."""
+
+    budgets: str
+    questions: Path | None = None
+    plot: Path | None = None
+    context: int | None = None
+    threads: int | None = None
+    dtype: str = "bfloat16"
+    as_json: bool = False
+
+
+def measure_thinking(model: str, options: BudgetOptions) -> None:
+    """Answer questions at each budget; print what came of it, and draw it if asked to."""
+    budgets, questions = parse_budgets(options.budgets), read_questions(options.questions)  # before a model is loaded
+    if options.plot is not None:
+        check_plot(options.plot)
+    engine = load(model, options.context, options.threads, options.dtype)
+    with shown_progress() as report:
+        points = measure_budgets(engine, questions, budgets, report)
+    tell_budgets(model, points, options.as_json)
+    if options.plot is not None:
+        plot_budgets(model, points, options.plot)
 
 
 def parse_budgets(text: str) -> list[int | None]:
@@ -43,15 +72,21 @@ def tell_budgets(model: str, points: list[BudgetPoint], as_json: bool) -> None:
     console.print(f"{points[0].problems} problems, answered greedily.")
 
 
-def plot_budgets(model: str, points: list[BudgetPoint], path: Path) -> None:
-    """Draw accuracy over the tokens that were thought. Raises UsageError without matplotlib."""
-    try:
-        import matplotlib
+def check_plot(path: Path) -> None:
+    """Raise UsageError where a plot cannot be drawn."""
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; install it with `pip install 'dsr1[plot]'`")
+    if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir():
+        raise UsageError(f"{path} is no file for a plot; give a name that ends in .svg, .png or .pdf, in a folder")
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UsageError("--plot needs matplotlib; install it with `pip install 'dsr1[plot]'`") from None
+
+def plot_budgets(model: str, points: list[BudgetPoint], path: Path) -> None:
+    """Draw accuracy over the tokens that were thought."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7, 4))
     thought = [point.thinking for point in points]
     accuracy = [100 * point.accuracy.value for point in points]

@@ -1,5 +1,6 @@
 """`dsr1 run`: prompts that begin alike start from the cache on disk; thinking that must not end early; budgets."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from cli.eval_budgets import parse_budgets, plot_budgets, tell_budgets
 from hybrid_rt.engine import Engine
 from hybrid_rt.evaluate.budgets import measure_budgets
+from hybrid_rt.evaluate.questions import NumberQuestion, read_questions
 from hybrid_rt.generation import AnswerText, TokenSource
 from hybrid_rt.sampling import Sampling, SamplingError
 from hybrid_rt.session import Session
@@ -135,6 +137,33 @@ def test_accuracy_by_budget(engine: Engine, tmp_path: Path, capsys: pytest.Captu
     pytest.importorskip("matplotlib")
     plot_budgets("tiny", points, tmp_path / "a.svg")
     assert (tmp_path / "a.svg").stat().st_size > 1000
+
+
+def test_the_command_measures_budgets(chat_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "2 + 2?", "answer": "4"}\n\n{"question": "1 + 1?", "answer": "2"}\n')
+    words = ["eval", chat_folder, "--budgets", "0,2", "--questions", path, "--context", 64, "--threads", 1]
+    done = dsr1(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    points = json.loads(done.stdout)["budgets"]
+    assert [(point["budget"], point["problems"]) for point in points] == [(0, 2), (2, 2)]
+    path.write_text('{"question": "2 + 2?", "answer": 4}\n')
+    assert "line 1 of" in dsr1(*words).stderr
+    assert "is no file for a plot" in dsr1(*words[:4], "--plot", tmp_path / "a.txt").stderr
+    assert "cannot be read" in dsr1(*words[:4], "--questions", tmp_path / "gone").stderr
+
+
+def test_questions_that_ship() -> None:
+    questions = read_questions(None)
+    assert len(questions) == 160
+    one = NumberQuestion("What is 47 * 36?", "1692")
+    for text, solved in (
+        ("47 * 36 = 1,692", True),
+        ("47 * 36 = 11692", False),
+        ("1692 is 36 * 47", False),
+        ("", False),
+    ):
+        assert one.solved_by(text) is solved
 
 
 def test_lists_of_budgets() -> None:
