@@ -125,29 +125,23 @@ class Talk:
                 return
         if self.store and len(ids) <= self.engine.context:
             self.store.restore(self.session, ids)
-        texts: dict[bool, list[str]] = {True: [], False: []}
-        told = {True: 0, False: 0}
-        finish, written = "cancelled", time.monotonic()
+        said, written = _Said(), time.monotonic()
         try:
             for step in self.session.generate(ids, sampling, report):
-                texts[step.is_thinking].append(step.text)
-                finish = step.finish_reason or finish
-                if step.finish_reason is None and time.monotonic() - written > PART_S:
-                    written = time.monotonic()
-                    new = {kind: "".join(texts[kind][told[kind] :]) for kind in (True, False)}
-                    told = {kind: len(texts[kind]) for kind in (True, False)}
-                    self.record(part(new[True], new[False]))
+                said.add(step)
                 if step.finish_reason is not None:
-                    self._close(texts, finish)
+                    self._close(said, step.finish_reason)
+                elif time.monotonic() - written > PART_S:
+                    written = time.monotonic()
+                    self.record(said.new_part())
                 yield step
         except GeneratorExit:
-            self._close(texts, "cancelled")
+            self._close(said, "cancelled")
             raise
 
-    def _close(self, texts: Mapping[bool, list[str]], finish: str) -> None:
-        reasoning, text = "".join(texts[True]).strip("\n"), "".join(texts[False]).lstrip("\n")
+    def _close(self, said: "_Said", finish: str) -> None:
         if self.open_question is not None:
-            self.record(answered(Turn(self.open_question, reasoning, text, finish)))
+            self.record(answered(said.turn(self.open_question, finish)))
 
     def prepare(self) -> None:
         """In the background: run what the next question will stand behind, and write it to the disk."""
@@ -194,3 +188,26 @@ class Talk:
         if self.log is not None:
             self.log.close()
             self.log = None
+
+
+class _Said:
+    """The text of an answer that comes, and how much of it is on disk already."""
+
+    def __init__(self) -> None:
+        self.reasoning, self.answer = "", ""
+        self._written = (0, 0)
+
+    def add(self, step: Step) -> None:
+        if step.is_thinking:
+            self.reasoning += step.text
+        else:
+            self.answer += step.text
+
+    def new_part(self) -> dict[str, Any]:
+        """The event of what came since the last call."""
+        first, second = self._written
+        self._written = len(self.reasoning), len(self.answer)
+        return part(self.reasoning[first:], self.answer[second:])
+
+    def turn(self, question: str, finish: str) -> Turn:
+        return Turn(question, self.reasoning.strip("\n"), self.answer.lstrip("\n"), finish)

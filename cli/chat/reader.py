@@ -46,7 +46,7 @@ class Reader:
             bottom_toolbar=lambda: escape(status()),
             style=STYLE if is_fancy else PLAIN,
             enable_open_in_editor=True,
-            refresh_interval=0.5,  # of the status line
+            refresh_interval=1.0,  # of the status line
         )
         self.asking: PromptSession[str] = PromptSession()
 
