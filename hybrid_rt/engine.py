@@ -117,7 +117,7 @@ class Engine:
     def forward(self, ids: torch.Tensor, cache: LatentCache, hooked: bool = False) -> torch.Tensor:
         """Append up to `prefill_chunk` tokens (int64 [T]) to `cache`; returns their final states [T, dim].
 
-        hooked: whether every module has to be called, because hooks look into it. Callers on several threads take turns.
+        hooked: whether every module has to be called, because hooks look into it. Threads take turns.
         """
         with self._turn:
             try:

@@ -1,6 +1,6 @@
 """Questions whose answers are numbers: a file of JSON objects, one a line, with `question` and `answer`.
 
-nano_questions.jsonl ships with nano-r1: 40 held-out problems each of adding, subtracting, multiplying and counting
+nano_questions.jsonl ships with nano-r1: 25 held-out problems each of adding, subtracting, multiplying and counting
 letters (tools/nano_r1/questions.py writes it).
 """
 

@@ -10,7 +10,7 @@ from hybrid_rt.evaluate.questions import NUMBER, SHIPPED
 from tools.nano_r1.tasks import TASKS
 
 NAMES = ("add", "subtract", "multiply", "count")
-EACH = 40
+EACH = 25
 SEED = 7
 
 
