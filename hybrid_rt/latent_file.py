@@ -5,6 +5,7 @@ gives them. Metadata: `format` and `version`; `model`, the identity of the engin
 tensors.
 """
 
+import errno
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hybrid_rt.cache import LatentCache
@@ -41,7 +43,10 @@ def write_latents(path: Path, model: str, tokens: Sequence[int], rows: Mapping[s
     tensors |= {name: tensor.contiguous() for name, tensor in rows.items()}
     metadata = {"format": FORMAT, "version": VERSION, "model": model, "sha256": checksum(tensors)}
     with put_in_place(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(errno.EIO, str(error)) from None
         temporary.chmod(0o600)  # a conversation is nobody else's business
 
 

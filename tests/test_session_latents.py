@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from hybrid_rt.engine import Engine
 from hybrid_rt.latent_file import read_latents
@@ -151,6 +152,15 @@ def test_a_folder_that_cannot_be_written(engine: Engine, tmp_path: Path) -> None
     store = LatentStore(engine, folder=tmp_path / "file" / "latents")
     filled(engine, store)
     assert len(store.notes) == 1 and "cannot be written" in store.notes[0]
+
+
+def test_a_disk_that_fills_up(engine: Engine, store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("hybrid_rt.latent_file.save_file", full)
+    filled(engine, store)
+    assert len(store.notes) == 1 and "No space left" in store.notes[0] and not files(store)
 
 
 def test_abandoned_files_are_swept_away(engine: Engine, store: LatentStore) -> None:
