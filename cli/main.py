@@ -57,11 +57,17 @@ def run(
 
 @app.command()
 @takes_run_options
-def chat(options: RunOptions) -> None:
+def chat(
+    options: RunOptions,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the latest conversation.")] = False,
+    session: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Continue the conversation of this name or id.")
+    ] = None,
+) -> None:
     """Talk to a model on the terminal."""
     if not sys.stdin.isatty():
         raise typer.BadParameter("chat needs a terminal; use `dsr1 run -p TEXT` or pipe the text into `dsr1 run`")
-    chat_on_terminal(options)
+    chat_on_terminal(options, resume, session)
 
 
 @app.command()
@@ -189,20 +195,32 @@ def evaluate(
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens that the cache holds.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16 or float32.")] = "bfloat16",
+    budgets: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Measure accuracy at these budgets of thinking: 0,64,none.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON lines of question and answer, for --budgets.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw --budgets; needs matplotlib.")] = None,
     isa: IsaOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure how well a model predicts a text, and how far it is from the model that it was made from."""
+    if budgets is not None:
+        from cli.eval_budgets import BudgetOptions, measure_thinking
+
+        measure_thinking(model, BudgetOptions(budgets, questions, plot, context, threads, dtype, json))
+        return
     from cli.eval import measure
 
     measure(model, against, text, window, context, threads, dtype, json)
 
 
-def chat_on_terminal(options: RunOptions) -> None:
-    from cli.chat import Chat
+def chat_on_terminal(options: RunOptions, resume: bool = False, session: str | None = None) -> None:
+    from cli.chat.loop import Chat
 
-    Chat(options).loop()
+    Chat(options, resume, session).loop()
 
 
 def main() -> None:

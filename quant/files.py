@@ -91,6 +91,23 @@ def write_at(file: FileIO, data: memoryview, begin: int) -> int:
         return file.write(data) or 0
 
 
+@contextmanager
+def put_in_place(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, of this thread alone, to write a file to; put in place when the body ends well.
+
+    By then it is on the disk. Raises OSError.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PART_SUFFIX}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names in `folder` on the disk, where the system can do that."""
     if os.name != "posix":
