@@ -10,6 +10,7 @@ Shapes: T tokens of a chunk, S cached tokens of a block, H heads, C = kv_lora, D
 import os
 from dataclasses import dataclass
 
+from offload.plan import Plan
 from quant.config import ModelConfig
 from quant.packed import BLOCK_K
 
@@ -28,15 +29,22 @@ THREAD_SCRATCH = 2**16  # and for what the thread unpacks
 THREADS = max(64, os.cpu_count() or 1)  # threads whose scratch is set aside
 
 
-def workspace_bytes(config: ModelConfig, chunk: int, activation_bytes: int = 2) -> int:
-    """Bytes of temporaries of forward passes of up to `chunk` tokens, and of the logits of one token.
+def workspace_bytes(config: ModelConfig, plan: Plan) -> int:
+    """Bytes of temporaries of a plan's forward passes, and of the logits of one token.
 
-    activation_bytes: of one value of the residual stream. `wkv_b` counts, in float32, for the layer that is computed.
+    `wkv_b` counts, in float32, for the layer that is computed.
     """
-    lengths = (chunk, min(chunk, ABSORBED_UP_TO))  # the two forms of attention
-    passes = [_Pass(config, tokens, activation_bytes).peak for tokens in lengths]
-    logits = config.vocab_size * (activation_bytes + F32)
-    return max(*passes, logits) + SMALL_TENSORS
+    act = 4 if plan.dtype == "float32" else 2
+    lengths = (plan.prefill_chunk, min(plan.prefill_chunk, ABSORBED_UP_TO))  # the two forms of attention
+    passes = [_Pass(config, tokens, act).peak for tokens in lengths]
+    logits = config.vocab_size * (act + F32)
+    experts = device_expert_bytes(config, plan) if plan.gpu_experts() else 0
+    return max(*passes, logits) + SMALL_TENSORS + experts
+
+
+def device_expert_bytes(config: ModelConfig, plan: Plan) -> int:
+    """Bytes that experts on the GPU need to run: their outputs beside the shared expert's work."""
+    return plan.prefill_chunk * config.dim * F32
 
 
 def host_bytes(config: ModelConfig, chunk: int) -> int:

@@ -234,7 +234,7 @@ class Layer:
         self.config = parse_config(tiny_config(QUARTER_OF_R1))
         self.attention = MLA(self.config, 0, RandomParts(Inventory.of(self.config), dtype))
         self.rope, self.scale, self.dtype = Rope(self.config), softmax_scale(self.config), dtype
-        self.cache = LatentCache(self.config, capacity, dtype, CpuBackend())
+        self.cache = LatentCache(self.config, capacity, CACHE_NAMES[dtype], CpuBackend())
         self.cache.data.fill_(float("nan"))
 
     def fill(self, tokens: int) -> None:
