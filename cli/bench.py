@@ -21,9 +21,14 @@ from offload.benchmark.limits import expert_ranges, fastest_read
 from offload.benchmark.measure import Run, Runs, seconds_of
 from offload.benchmark.plot import check_plot, draw_roofline
 from offload.benchmark.report import Point, Report, Wanted, measure_shape, plural
+from offload.benchmark.use import MemoryUse, anonymous_bytes, memory_use
+from offload.costs import Costs
 from offload.experts import CpuExperts
 from offload.hardware import usable_ram
+from offload.machine import Machine
+from offload.probe import probe
 from offload.sizes import format_size
+from offload.this_machine import keep
 from quant import isa
 from quant.config import ModelConfig, load_config
 from quant.errors import UsageError
@@ -43,6 +48,7 @@ SHAPES = {
 DEFAULT_FORMAT, DEFAULT_DECODE, DEFAULT_PREFILL = "accurate", "1,2,4,8,16", "128,512,2048"
 PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 512, 64, 64
 PREFILL_RUNS = 3
+BENCH_CONTEXT = 1024  # tokens: little more than is measured
 TABLE_WIDTH = 110  # columns that a report of R1's size takes
 SMALL_BYTES = 2**30  # weights below may be served from a cache
 
@@ -68,7 +74,10 @@ def bench(
             raise UsageError(
                 "--format, --decode, --prefill and --plot are for layers of a shape; give --shape, as in r1"
             )
-        bench_engine(RunOptions(model=model or DEFAULT_MODEL, threads=threads, residency=residency), as_json)
+        options = RunOptions(
+            model=model or DEFAULT_MODEL, threads=threads, residency=residency, context=BENCH_CONTEXT
+        )
+        bench_engine(options, as_json)
         return
     if residency is not None:
         raise UsageError("--residency is for a model; layers of a shape are made in memory, so leave it out")
@@ -167,6 +176,17 @@ def _cells(point: Point) -> Sequence[str]:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What the cost model says of the same work, from the probe of this machine alone."""
+
+    machine_date: str
+    prefill_tok_s: float
+    prefill_limit: str
+    decode_tok_s: float
+    decode_limit: str
+
+
+@dataclass(frozen=True)
 class EngineFigures:
     """A model end to end. decode_ms: of a token, the median; share: decode_gb_s of read_gb_s.
 
@@ -190,26 +210,42 @@ class EngineFigures:
     read_bytes: int
     read_gb_s: float
     share: float
+    predicted: Predicted
+    memory: MemoryUse
 
 
 def bench_engine(options: RunOptions, as_json: bool) -> None:
     """Load a model, measure it and print the figures."""
+    machine = measure_machine(options.threads)
+    before = anonymous_bytes()
     engine = load_engine(options)
-    figures = measure_engine(options.model, engine)
+    figures = measure_engine(options.model, engine, machine, before)
     if as_json:
         print(json.dumps(asdict(figures)))
     else:
         show_engine(figures)
 
 
-def measure_engine(name: str, engine: Engine) -> EngineFigures:
-    """A prompt of random tokens, answered greedily, and a longer one for prefill; nothing ends the answer early."""
+def measure_machine(threads: int | None) -> Machine:
+    """Probe this machine, and keep what was found for `dsr1 plan`."""
+    use_threads(threads)
+    compile_ahead([*PACKED_KERNELS, *MEASURING_KERNELS], show_compiling)
+    machine = probe(say)
+    keep(machine)
+    return machine
+
+
+def measure_engine(name: str, engine: Engine, machine: Machine, before: int) -> EngineFigures:
+    """A prompt of random tokens, answered greedily, and a longer one for prefill; nothing ends the answer early.
+
+    machine: as it was probed just now. before: anonymous memory of this process before the model was loaded.
+    """
     longest = min(PREFILL_TOKENS, engine.context)
     ids = torch.randint(engine.config.vocab_size, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
     prefill = measure_prefill(engine, ids)
     prompt = ids[: min(PROMPT_TOKENS, engine.context // 2)]
     decode = measure_decode(engine, prompt, min(NEW_TOKENS, engine.context - len(prompt)))
-    compile_ahead(MEASURING_KERNELS, show_compiling)
+    memory = memory_use(engine.plan, engine.folder, before)
     say("measuring the memory's read bandwidth")
     blocks = [block.ffn for block in engine.transformer.layers]
     experts = [ffn.experts for ffn in blocks if isinstance(ffn, MoE) and isinstance(ffn.experts, CpuExperts)]
@@ -233,7 +269,16 @@ def measure_engine(name: str, engine: Engine) -> EngineFigures:
         read_bytes=read.nbytes,
         read_gb_s=read.bytes_s / 1e9,
         share=engine.plan.decode_ram_bytes / seconds / read.bytes_s,
+        predicted=predict(engine, machine, longest, len(prompt) + len(decode.runs) // 2),
+        memory=memory,
     )
+
+
+def predict(engine: Engine, machine: Machine, prompt: int, position: int) -> Predicted:
+    """The prefill of `prompt` tokens, and the decoding of the token at `position`."""
+    found = Costs(engine.config, machine).predict(engine.plan, prompt, position)
+    limits = found.prefill_limit, found.decode_limit
+    return Predicted(machine.date, found.prefill_tok_s, limits[0], found.decode_tok_s, limits[1])
 
 
 def measure_prefill(engine: Engine, ids: list[int]) -> Runs:
@@ -274,3 +319,13 @@ def show_engine(figures: EngineFigures) -> None:
         f"memory   {figures.decode_gb_s:.2f} GB/s of weights in decode, {figures.share:.0%} of the "
         f"{figures.read_gb_s:.1f} GB/s of plain reading ({format_size(figures.read_bytes)} of experts)"
     )
+    predicted, use = figures.predicted, figures.memory
+    decode_s = 1e3 / figures.decode_ms
+    print("predicted, from the probe of this machine alone:")
+    print(f"prefill  {_beside(predicted.prefill_tok_s, figures.prefill_tok_s, 'tokens/s')}; {predicted.prefill_limit}")
+    print(f"decode   {_beside(predicted.decode_tok_s, decode_s, 'tokens/s (median)')}; {predicted.decode_limit}")
+    print(f"RAM      {_beside(use.planned / 2**30, use.taken / 2**30, 'GiB')} ({format_size(use.mapped)} mapped)")
+
+
+def _beside(predicted: float, measured: float, unit: str) -> str:
+    return f"{predicted:,.2f} of {measured:,.2f} {unit} measured, {predicted / measured - 1:+.0%}"

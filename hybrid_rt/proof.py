@@ -169,15 +169,18 @@ class Prover:
         model = load_transformer(fake_store(self.inventory, self.recipe), plan, dtype, self.device, buffers)
         return model, LatentCache(config, plan.context, plan.cache_format, self.device)
 
-    def run(self, tokens: int, position: int) -> Proof:
-        """A pass of `tokens` tokens that follow `position` others, and the logits of the last one."""
+    def run(self, tokens: int, position: int, layers: int | None = None) -> Proof:
+        """A pass of `tokens` tokens that follow `position` others, and the logits of the last one.
+
+        layers: how many of the first ones it goes through; by default all.
+        """
         ledger, device = self.device.ledger, self.device
         ledger.peak, device.crossings = ledger.used, []
         self.cache.length = position
         with self.mode, torch.inference_mode(), _without_library(), device.counting():
             ids = torch.zeros(tokens, dtype=torch.int64)
             context = CachedAttention(self.cache, tokens, softmax_scale(self.inventory.config))
-            states = self.model(ids, context)
+            states = self._states(ids, context, layers)
             self.model.head(states[-1:]).float().cpu()
         fixed = self.weight_bytes + self.cache.data.nbytes
         return Proof(
@@ -187,6 +190,15 @@ class Prover:
             reserve_bytes=self.plan.reserve_bytes,
             crossings=tuple(device.crossings),
         )
+
+
+    def _states(self, ids: Tensor, context: CachedAttention, layers: int | None) -> Tensor:
+        every = self.model.layers
+        self.model.layers = every[:layers]
+        try:
+            return cast(Tensor, self.model(ids, context))
+        finally:
+            self.model.layers = every
 
 
 def fake_store(inventory: Inventory, recipe: Recipe) -> Store:

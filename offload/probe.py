@@ -37,17 +37,20 @@ from quant.tape import PASSES, Repeated
 FORMATS = (ACCURATE, FAST, Q8)
 READ_BYTES = 3 * 2**30  # several times the largest caches
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # of an expert
-DIM, INTER, TOP_K = 4096, 1024, 4  # of the layer that is measured: no model's
-TOUCHED = 32  # experts of a call
+DIM, INTER, TOP_K = 6144, 1536, 4  # of the layer that is measured: no model's
+TOUCHED = 16  # experts of a call
 STEPS, MANY_ROWS = 32, 512
 RUNS = 5
 Tell = Callable[[str], None]
 
 
 def probe(tell: Tell) -> Machine:
-    """Measure with as many threads as are set; takes about 3 GiB of RAM."""
+    """Measure with as many threads as are set; takes up to 6 GiB of RAM, less where less is there.
+
+    Kernels should be compiled before (quant/kernels/ahead.py).
+    """
     tell("measuring the memory's read bandwidth")
-    memory = huge_memory(min(READ_BYTES, psutil.virtual_memory().available // 2) // PAGE * PAGE).fill_(1)
+    memory = huge_memory(min(READ_BYTES, psutil.virtual_memory().available // 4) // PAGE * PAGE).fill_(1)
     _, read = fastest_read(torch.tensor([[memory.data_ptr(), memory.nbytes // PAGE]]))
     tell("measuring kernels")
     kernels = {fmt.name: _block_points(fmt, memory.nbytes) for fmt in FORMATS}

@@ -45,7 +45,7 @@ class Shortages:
         short = self.all()
         advice = [*self._context(), *self._store()]
         needs = " and ".join(f"{one.option} {ceil(one.needed / GIB)}G" for one in short)
-        advice.append(f"as it is, it needs {needs}" if advice else f"it needs {needs}")
+        advice.append((f"as it is, it needs {needs}" if advice else f"it needs {needs}") + self._exact(short))
         return "; ".join([one.sentence() for one in short] + advice)
 
     def all(self) -> list[Shortage]:
@@ -53,6 +53,17 @@ class Shortages:
         gpu = Shortage("the GPU part at its smallest", "--gpu-mem", plan.gpu_bytes, plan.gpu_budget)
         ram = Shortage(_ram_part(plan), "--ram", plan.ram_bytes, plan.ram_budget)
         return [one for one in ([gpu, ram] if plan.on_gpu else [ram]) if one.needed > one.budget]
+
+    def _exact(self, short: list[Shortage]) -> str:
+        """With RAM alone short and a GPU that everything fits at its best: what would keep it so."""
+        planning = self.planning
+        if not self.smallest.on_gpu or [one.option for one in short] != ["--ram"]:
+            return ""
+        roomy = replace(planning, budget=replace(planning.budget, ram=2**60))
+        best = self.find_plan(roomy)[0]
+        if best is None or ceil(best.ram_bytes / GIB) <= ceil(short[0].needed / GIB):
+            return ""
+        return f", or --ram {ceil(best.ram_bytes / GIB)}G with all else as exact as it is"
 
     def _context(self) -> Iterator[str]:
         """The longest context that fits, in whole steps."""
