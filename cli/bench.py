@@ -1,7 +1,7 @@
 """`dsr1 bench`: a model end to end, or the experts of a shape beside what this machine can do."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,13 +28,13 @@ from offload.hardware import usable_ram
 from offload.machine import Machine
 from offload.probe import probe
 from offload.sizes import format_size
-from offload.this_machine import keep
+from offload.this_machine import keep, measured_machine
 from quant import isa
 from quant.config import ModelConfig, load_config
 from quant.errors import UsageError
 from quant.kernels import thread_count
 from quant.kernels.ahead import MEASURING_KERNELS, PACKED_KERNELS, compile_ahead
-from quant.packed import PACKED_FORMATS, PackedFormat
+from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat
 from quant.shapes import known_shape
 
 NANO = "nano"
@@ -49,7 +49,7 @@ DEFAULT_FORMAT, DEFAULT_DECODE, DEFAULT_PREFILL = "accurate", "1,2,4,8,16", "128
 PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 512, 64, 64
 PREFILL_RUNS = 3
 BENCH_CONTEXT = 1024  # tokens: little more than is measured
-TABLE_WIDTH = 110  # columns that a report of R1's size takes
+TABLE_WIDTH = 120  # columns that a report of R1's size takes
 SMALL_BYTES = 2**30  # weights below may be served from a cache
 
 
@@ -74,9 +74,7 @@ def bench(
             raise UsageError(
                 "--format, --decode, --prefill and --plot are for layers of a shape; give --shape, as in r1"
             )
-        options = RunOptions(
-            model=model or DEFAULT_MODEL, threads=threads, residency=residency, context=BENCH_CONTEXT
-        )
+        options = RunOptions(model=model or DEFAULT_MODEL, threads=threads, residency=residency, context=BENCH_CONTEXT)
         bench_engine(options, as_json)
         return
     if residency is not None:
@@ -92,11 +90,17 @@ def bench(
     if plot is not None:
         check_plot(plot)
     use_threads(threads)
+    machine = known_machine(threads)
     report = bench_shape(shape, config, packed, wanted)
+    predicted = {point: predict_layer(config, machine, packed, point) for point in (*report.decode, *report.prefill)}
     if as_json:
-        print(json.dumps(report.to_json()))
+        fields = report.to_json()
+        for kind in ("decode", "prefill"):
+            for entry, point in zip(fields[kind], getattr(report, kind), strict=True):
+                entry["predicted_ms"] = 1e3 * predicted[point]
+        print(json.dumps(fields))
     else:
-        show_report(report, Console(highlight=False, markup=False))
+        show_report(report, Console(highlight=False, markup=False), predicted)
     if plot is not None:
         draw_roofline(report, plot)
 
@@ -138,8 +142,15 @@ def bench_shape(name: str, config: ModelConfig, fmt: PackedFormat, wanted: Wante
     return measure_shape(name, layers, wanted, say)
 
 
-def show_report(report: Report, console: Console) -> None:
-    """The report as a table, and the limits that its shares are of."""
+def predict_layer(config: ModelConfig, machine: Machine, fmt: PackedFormat, point: Point) -> float:
+    """Seconds of a call by the cost model."""
+    record = ExpertRecord(fmt, config.dim, config.moe_inter_dim)
+    pairs = point.tokens * config.n_activated_experts
+    return Costs(config, machine).experts(fmt.name, record.nbytes, point.experts, pairs).seconds
+
+
+def show_report(report: Report, console: Console, predicted: Mapping[Point, float]) -> None:
+    """The report as a table, and the limits that its shares are of. predicted: seconds of the points with all threads."""
     title = f"{report.shape}, {report.format}: {report.layers} x {report.experts} experts"
     console.print(
         f"{title}, {format_size(report.weight_bytes)}; {plural(report.threads, 'thread')}, {isa.current()}",
@@ -152,21 +163,33 @@ def show_report(report: Report, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     console = Console(file=console.file, width=max(console.width, TABLE_WIDTH), highlight=False)  # no digit is cut
     table.add_column("", no_wrap=True)
-    for name in ("tokens", "threads", "ms", "quartiles", "GB/s", "read GB/s", "of read", "Gop/s", "of peak"):
+    for name in (
+        "tokens",
+        "threads",
+        "ms",
+        "quartiles",
+        "predicted",
+        "GB/s",
+        "read GB/s",
+        "of read",
+        "Gop/s",
+        "of peak",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for kind, points in (("decode", report.decode), ("prefill", report.prefill), ("scaling", report.scaling)):
         for point in points:
-            table.add_row(kind, *_cells(point))
+            table.add_row(kind, *_cells(point, predicted.get(point)))
     console.print(table)
 
 
-def _cells(point: Point) -> Sequence[str]:
+def _cells(point: Point, predicted: float | None) -> Sequence[str]:
     low, high = (1e3 * seconds for seconds in point.layer.seconds_quartiles)
     return (
         str(point.tokens),
         str(point.threads),
         f"{1e3 * point.layer.seconds:.2f}",
         f"{low:.2f}-{high:.2f}",
+        "" if predicted is None else f"{1e3 * predicted:.2f}",
         f"{point.layer.bytes_s / 1e9:.1f}",
         f"{point.read.bytes_s / 1e9:.1f}",
         f"{point.read_share:.0%}",
@@ -216,7 +239,7 @@ class EngineFigures:
 
 def bench_engine(options: RunOptions, as_json: bool) -> None:
     """Load a model, measure it and print the figures."""
-    machine = measure_machine(options.threads)
+    machine = known_machine(options.threads)
     before = anonymous_bytes()
     engine = load_engine(options)
     figures = measure_engine(options.model, engine, machine, before)
@@ -226,9 +249,12 @@ def bench_engine(options: RunOptions, as_json: bool) -> None:
         show_engine(figures)
 
 
-def measure_machine(threads: int | None) -> Machine:
-    """Probe this machine, and keep what was found for `dsr1 plan`."""
+def known_machine(threads: int | None) -> Machine:
+    """This machine as it was measured; if it was not, with so many threads, it is now, and that is kept."""
     use_threads(threads)
+    machine = measured_machine()
+    if machine is not None and (machine.cores, machine.isa) == (thread_count(), isa.current()):
+        return machine
     compile_ahead([*PACKED_KERNELS, *MEASURING_KERNELS], show_compiling)
     machine = probe(say)
     keep(machine)
@@ -238,7 +264,7 @@ def measure_machine(threads: int | None) -> Machine:
 def measure_engine(name: str, engine: Engine, machine: Machine, before: int) -> EngineFigures:
     """A prompt of random tokens, answered greedily, and a longer one for prefill; nothing ends the answer early.
 
-    machine: as it was probed just now. before: anonymous memory of this process before the model was loaded.
+    machine: as it was probed. before: anonymous memory of this process before the model was loaded.
     """
     longest = min(PREFILL_TOKENS, engine.context)
     ids = torch.randint(engine.config.vocab_size, (longest,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -25,7 +25,9 @@ IsaOption = Annotated[
 ]
 PinOption = Annotated[
     list[str] | None,
-    typer.Option("--pin", metavar="PART=WHAT", help="Fix a choice of the plan, as in experts:3-5=gpu; may be repeated."),
+    typer.Option(
+        "--pin", metavar="PART=WHAT", help="Fix a choice of the plan, as in experts:3-5=gpu; may be repeated."
+    ),
 ]
 
 

@@ -170,7 +170,9 @@ def summary(made: Plan) -> list[str]:
         )
     if made.transfers is not None:
         crossing = _figure(made.transfers.decode / 1e6)
-        lines.append(f"A token moves {crossing} MB over PCIe and reads {_figure(made.decode_ram_bytes / 1e6)} MB from RAM.")
+        lines.append(
+            f"A token moves {crossing} MB over PCIe and reads {_figure(made.decode_ram_bytes / 1e6)} MB from RAM."
+        )
     elif made.decode_ram_bytes:
         lines.append(f"A token reads {_figure(made.decode_ram_bytes / 1e6)} MB of weights from RAM.")
     return lines

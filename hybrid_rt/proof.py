@@ -30,10 +30,10 @@ from offload.backend import Stream
 from offload.emulate import EmulatedBackend, Ledger
 from offload.experts import ExpertBuffers
 from offload.plan import Plan
-from quant.safetensors_file import DTYPES as STORED_DTYPES
 from quant.inventory import Inventory
 from quant.manifest import Manifest
 from quant.recipes import Recipe
+from quant.safetensors_file import DTYPES as STORED_DTYPES
 from quant.safetensors_file import SafetensorsFile
 from quant.store import Store
 from quant.store_layout import StoreEntry, plan_store
@@ -102,7 +102,9 @@ class _Crossing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor) and leaf.ndim}
+        devices = {
+            leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor) and leaf.ndim
+        }
         if len(devices) > 1 and not self.device.on_host:
             if func is not torch.ops.aten._to_copy.default:
                 raise RuntimeError(f"{func} has tensors on {' and '.join(sorted(devices))}")
@@ -190,7 +192,6 @@ class Prover:
             reserve_bytes=self.plan.reserve_bytes,
             crossings=tuple(device.crossings),
         )
-
 
     def _states(self, ids: Tensor, context: CachedAttention, layers: int | None) -> Tensor:
         every = self.model.layers

@@ -12,7 +12,6 @@ Every figure about the machine comes from its description (offload/machine.py), 
 The shares and times of a GPU are assumptions; nothing has been measured on one yet.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,8 +35,13 @@ ATTENTION, GPU_READING, GPU_COMPUTING = "attention on the processor", "the GPU's
 CROSSING = "PCIe and handing over"
 
 
-class Times(Counter[str]):
-    """Seconds under each of the names above; Counter's + adds them up."""
+class Times(dict[str, float]):
+    """Seconds under each of the names above."""
+
+    def add(self, more: "Times") -> None:
+        """What comes after it."""
+        for name, seconds in more.items():
+            self[name] = self.get(name, 0.0) + seconds
 
     @property
     def seconds(self) -> float:
@@ -114,18 +118,18 @@ class Costs:
         for placement in placements:
             if placement.component == "routed_expert":
                 where = experts if placement.tier == "ram" else beside
-                where.update(self._experts(placement, tokens))
+                where.add(self._experts(placement, tokens))
             elif placement.component == "shared_expert":
-                beside.update(self._matrix(placement, tokens))
+                beside.add(self._matrix(placement, tokens))
             elif placement.component != "kv_b":
-                before.update(self._matrix(placement, tokens))
+                before.add(self._matrix(placement, tokens))
         attention = self._gpu_attention if plan.on_gpu else self._attention
-        before.update(attention(plan, kv_b, tokens, seen))
-        before.update(self._steps(plan, placements, tokens))
+        before.add(attention(plan, kv_b, tokens, seen))
+        before.add(self._steps(plan, placements, tokens))
         if not plan.on_gpu:
             return _sum(before, _sum(beside, experts))
         if experts:
-            experts.update(self._crossing(tokens))
+            experts.add(self._crossing(tokens))
         return _sum(before, max(beside, experts, key=lambda times: times.seconds))
 
     def _matrix(self, placement: Placement, tokens: int) -> Times:
@@ -169,12 +173,13 @@ class Costs:
         else:
             blocks = -(-seen // PREFILL_BLOCK)
             made = self.weights(kv_b.representation, kv_b.nbytes, seen / blocks)
-            times.update({name: blocks * seconds for name, seconds in made.items()})
-            nanoseconds = machine.decompressed_ns * tokens * config.n_heads * seen * (config.qk_head_dim + config.v_head_dim)
+            times.add(Times({name: blocks * seconds for name, seconds in made.items()}))
+            nanoseconds = (
+                machine.decompressed_ns * tokens * config.n_heads * seen * (config.qk_head_dim + config.v_head_dim)
+            )
         if plan.cache_format == "int8":
             nanoseconds += machine.value_ns * seen * config.latent_dim
-        times[ATTENTION] += nanoseconds * 1e-9 / machine.cores
-        return times
+        return _sum(times, Times({ATTENTION: nanoseconds * 1e-9 / machine.cores}))
 
     def _gpu_attention(self, plan: Plan, kv_b: Placement, tokens: int, seen: int) -> Times:
         config = self.config
@@ -241,5 +246,5 @@ def _by_layer(plan: Plan) -> dict[int, list[Placement]]:
 def _sum(first: Times, second: Times) -> Times:
     """Both, one after the other."""
     total = Times(first)
-    total.update(second)
+    total.add(second)
     return total

@@ -62,7 +62,11 @@ def place_experts(plan: Plan, parts: Sequence[Part], usage: Usage | None, room: 
     movable = {(part.layer, part.experts): part for part in parts if part.movable}
     if room <= 0 or not movable:
         return plan
-    one = {key: part.forms[0].nbytes // (part.experts[1] - part.experts[0]) for key, part in movable.items() if part.experts}
+    one = {
+        key: part.forms[0].nbytes // (part.experts[1] - part.experts[0])
+        for key, part in movable.items()
+        if part.experts
+    }
     chosen: dict[Key, list[int]] = {key: [] for key in movable}
     for key, expert in _preferred(list(movable), usage):
         if one[key] > room:
@@ -71,7 +75,9 @@ def place_experts(plan: Plan, parts: Sequence[Part], usage: Usage | None, room: 
         chosen[key].append(expert)
     if usage is None:
         chosen = {key: experts for key, experts in chosen.items() if _is_worth(key, experts)}
-    placements = [piece for placed in plan.placements for piece in _cut(placed, chosen.get((placed.layer, placed.experts)))]
+    placements = [
+        piece for placed in plan.placements for piece in _cut(placed, chosen.get((placed.layer, placed.experts)))
+    ]
     return replace(plan, placements=tuple(placements))
 
 

@@ -1,8 +1,8 @@
 """A machine as data: what the cost model (offload/costs.py) needs to know of its processor, memory and GPU.
 
-    measured   offload/probe.py, kept with its date in the cache folder      dsr1 doctor --measure
-    shipped    offload/machines/NAME.json, from data sheets and kernels' times on a core of the same instruction set
-    a file     the same JSON, of any machine                                 dsr1 plan --hardware FILE
+measured   offload/probe.py, kept with its date in the cache folder      dsr1 doctor --measure
+shipped    offload/machines/NAME.json, from data sheets and kernels' times on a core of the same instruction set
+a file     the same JSON, of any machine                                 dsr1 plan --hardware FILE
 """
 
 import json
@@ -130,12 +130,14 @@ def read_machine(path: Path) -> Machine:
 def _gpu(found: Any, where: str) -> MachineGpu:
     if not isinstance(found, dict):
         raise Dsr1Error(f"{where} must be an object; {REMEDY}")
-    names = {f.name for f in fields(MachineGpu)}
-    _check_names(found, names, where)
-    numbers = {name: _positive(found, name, where) for name in names - {"name", "capability"}}
-    numbers["memory"] = math.ceil(numbers["memory"])
-    return MachineGpu(  # type: ignore[arg-type]  # memory is whole
-        name=_text(found, "name", where), capability=str(found.get("capability", "")), **numbers
+    _check_names(found, {f.name for f in fields(MachineGpu)}, where)
+    return MachineGpu(
+        name=_text(found, "name", where),
+        memory=math.ceil(_positive(found, "memory", where)),
+        read_bytes_s=_positive(found, "read_bytes_s", where),
+        flops=_positive(found, "flops", where),
+        pcie_bytes_s=_positive(found, "pcie_bytes_s", where),
+        capability=str(found.get("capability", "")),
     )
 
 

@@ -30,7 +30,9 @@ PIN_PARTS: dict[str, PlanComponent] = {
 }
 CACHE_FORMATS: tuple[CacheFormat, ...] = get_args(CacheFormat)
 NUMBERS = r"\d{1,9}(?:-\d{1,9})?"
-PIN = re.compile(rf"(?P<part>\w+)(?::(?P<layers>{NUMBERS})(?:/(?P<experts>{NUMBERS}))?)?=(?P<what>\w{{1,20}})", re.ASCII)
+PIN = re.compile(
+    rf"(?P<part>\w+)(?::(?P<layers>{NUMBERS})(?:/(?P<experts>{NUMBERS}))?)?=(?P<what>\w{{1,20}})", re.ASCII
+)
 FORM = "write it as experts:3-5=gpu, experts:3/0-63=gpu, attention=accurate, cache=int8 or chunk=512"
 
 

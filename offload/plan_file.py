@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload.parts import Part
 from offload.pins import CACHE_FORMATS, pinned_cache, pinned_chunk
-from offload.plan import PLAN_VERSION, RAM_RESIDENCIES, Device, Plan, PlanError, Range
+from offload.plan import PLAN_VERSION, RAM_RESIDENCIES, Device, Plan, PlanError, Range, Residency, Tier
 from offload.sizes import format_size
 from quant.files import new_file
 
@@ -79,8 +79,7 @@ class SavedPlan:
         return replace(
             empty_plan(planning),
             prefill_chunk=min(chunk, planning.budget.context),
-            cache_format=pinned_cache(planning.pins)
-            or _one_of(self.fields, "cache_format", CACHE_FORMATS, self.path),
+            cache_format=pinned_cache(planning.pins) or _one_of(self.fields, "cache_format", CACHE_FORMATS, self.path),
             placements=tuple(part.placed() for part in parts),
             reasons=(f"Everything is as {self.path.name} says" + (", and --pin." if planning.pins else "."),),
             nodes=planning.budget.nodes if copied else 1,
@@ -170,13 +169,17 @@ def _chosen(part: Part, entry: Mapping[str, Any], experts: Range | None, path: P
     form = next((form for form in part.forms if form.representation == entry.get("representation")), None)
     if form is None:
         kept = " or ".join(form.representation for form in part.forms)
-        raise PlanError(f"{where} is wanted as {str(entry.get('representation'))[:40]!r} and is there as {kept}; {AGAIN}")
+        raise PlanError(
+            f"{where} is wanted as {str(entry.get('representation'))[:40]!r} and is there as {kept}; {AGAIN}"
+        )
     tier, residency = entry.get("tier"), entry.get("residency")
     if tier == "disk":
         raise PlanError(f"{where} is on the disk, from which this version reads nothing as it is needed; {AGAIN}")
-    same = (tier, residency) == (part.tier, part.residency)
-    movable = part.movable and (tier, residency) in [("gpu", "gpu"), *(("ram", kind) for kind in RAM_RESIDENCIES)]
-    if not same and not movable:
+    places: list[tuple[Tier, Residency]] = [(part.tier, part.residency)]
+    if part.movable:
+        places += [("gpu", "gpu"), *(("ram", kind) for kind in RAM_RESIDENCIES)]
+    if (tier, residency) not in places:
         raise PlanError(f"{where} cannot be in {str(tier)[:20]}, {str(residency)[:20]}; {AGAIN}")
     others = tuple(other for other in part.forms if other != form)  # which a pin may ask for
-    return replace(part, forms=(form, *others), tier=tier, residency=residency)
+    place = places[places.index((tier, residency))]
+    return replace(part, forms=(form, *others), tier=place[0], residency=place[1])

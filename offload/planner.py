@@ -85,7 +85,8 @@ class Planning:
         caches = [pinned_cache(self.pins) or exact]
         if caches[0] == "bfloat16" and pinned_cache(self.pins) is None and _takes_int8(self.config):
             caches.append("int8")
-        levels, reduced = [Level(cache, ()) for cache in caches], ()
+        levels = [Level(cache, ()) for cache in caches]
+        reduced: tuple[PlanComponent, ...] = ()
         for components in LADDER:
             reduced += components
             levels.append(Level(caches[-1], reduced))
@@ -326,10 +327,13 @@ def _expert_reasons(planning: Planning, plan: Plan) -> Iterator[str]:
     if not plan.on_gpu:
         return
     if count := plan.gpu_experts():
-        how = "the most used ones of the profile" if planning.usage else "layer by layer, as no profile tells of their use"
+        how = (
+            "the most used ones of the profile"
+            if planning.usage
+            else "layer by layer, as no profile tells of their use"
+        )
         yield f"{count:,} routed experts fill what is left of the GPU, {how}."
     elif any(part.movable for part in planning.parts.all):
         yield "No routed experts are on the GPU: what is left does not hold one and what it needs to run there."
     if plan.nodes > 1:
         yield f"Experts are copied, because mapped files cannot be placed on the {plan.nodes} NUMA nodes."
-

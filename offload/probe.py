@@ -80,9 +80,7 @@ def _layer(fmt: PackedFormat, nbytes: int) -> tuple[CpuExperts, int]:
     count = max(TOUCHED, nbytes // record.nbytes)
     shape = known_shape("moonshotai/Moonlight-16B-A3B")
     assert shape is not None
-    config = replace(
-        shape.config, dim=DIM, moe_inter_dim=INTER, n_routed_experts=count, n_activated_experts=TOP_K
-    )
+    config = replace(shape.config, dim=DIM, moe_inter_dim=INTER, n_routed_experts=count, n_activated_experts=TOP_K)
     backend = CpuBackend()
     buffers = ExpertBuffers(config, backend, TOUCHED * TOKENS[-1] // TOP_K)
     return CpuExperts(PackedExperts(random_records(record, count, 0), record), backend, buffers), count

@@ -89,8 +89,10 @@ class Shortages:
             if self._fits(recipe=DEFAULT_RECIPE):
                 yield "the 4-bit store that `dsr1 quantize` makes of the published checkpoint fits"
         elif now != "fast" and self._fits(recipe="fast"):
-            yield "--recipe fast (4.25 bits a weight) fits, with more error" if now == recipe.name else (
-                "a store of recipe fast fits"
+            yield (
+                "--recipe fast (4.25 bits a weight) fits, with more error"
+                if now == recipe.name
+                else ("a store of recipe fast fits")
             )
 
     def _fits(self, context: int | None = None, recipe: str | None = None) -> bool:

@@ -61,7 +61,9 @@ def plan_for(
 ) -> Made:
     """The plan that the wishes ask for. Raises PlanError when nothing fits, Dsr1Error for wishes that cannot be."""
     saved = None if wishes.plan is None else read_plan(Path(wishes.plan))
-    planning = planning_for(wishes if saved is None else saved.completed(wishes), inventory, available, notes, choose, topology)
+    planning = planning_for(
+        wishes if saved is None else saved.completed(wishes), inventory, available, notes, choose, topology
+    )
     return Made(make_plan(planning) if saved is None else saved.reused(planning), planning)
 
 

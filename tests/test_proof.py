@@ -28,9 +28,7 @@ def prover(hub_id: str, gpu: int, ram: int, context: int, *pins: str) -> Prover:
     shape = known_shape(hub_id)
     assert shape is not None
     inventory, budget = Inventory.of(shape.config), Budget("cuda", gpu * GIB, ram * GIB, context)
-    planning = Planning(
-        inventory, lambda spec: representations(spec, RECIPE), budget, MACHINE, parse_pins(pins)
-    )
+    planning = Planning(inventory, lambda spec: representations(spec, RECIPE), budget, MACHINE, parse_pins(pins))
     return Prover(make_plan(planning), inventory, RECIPE)
 
 

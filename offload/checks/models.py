@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from offload.checks.check import Check
-from offload.plan import Plan, PlanError
 from offload.parts import Available, Budget
+from offload.plan import Plan, PlanError
 from offload.planner import Planning, choose_context, make_plan
-from offload.this_machine import machine_for
 from offload.sizes import format_size
+from offload.this_machine import machine_for
 from quant.inventory import Inventory
 from quant.recipes import DEFAULT_RECIPE, find_recipe, representations
 from quant.shapes import known_shape
