@@ -150,7 +150,7 @@ def predict_layer(config: ModelConfig, machine: Machine, fmt: PackedFormat, poin
 
 
 def show_report(report: Report, console: Console, predicted: Mapping[Point, float]) -> None:
-    """The report as a table, and the limits that its shares are of. predicted: seconds of the points with all threads."""
+    """The report as a table, and the limits that its shares are of. predicted: seconds of a point's call."""
     title = f"{report.shape}, {report.format}: {report.layers} x {report.experts} experts"
     console.print(
         f"{title}, {format_size(report.weight_bytes)}; {plural(report.threads, 'thread')}, {isa.current()}",

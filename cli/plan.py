@@ -75,8 +75,8 @@ def speeds(prediction: Prediction, machine: Machine) -> list[str]:
     """What is predicted, with what limits it, and for which machine."""
     how = machine.source + (f", {machine.date}" if machine.date else "")
     return [
-        f"Predicted: prefill {_figure(prediction.prefill_tok_s)} tokens/s (a prompt of {prediction.prompt} tokens; limit: "
-        f"{prediction.prefill_limit}), decode {_figure(prediction.decode_tok_s)} tokens/s (limit: "
+        f"Predicted: prefill {_figure(prediction.prefill_tok_s)} tokens/s (a prompt of {prediction.prompt} tokens; "
+        f"limit: {prediction.prefill_limit}), decode {_figure(prediction.decode_tok_s)} tokens/s (limit: "
         f"{prediction.decode_limit}).",
         f"For {escape(machine.name)} ({escape(how)}).",
     ]

@@ -80,9 +80,9 @@ class Engine:
         model's maximum. dtype: of activations and of the cache, "bfloat16" or "float32". recipe: that of the store
         (of the built-in model: the one to take). threads: by default all cores that this process may use. residency:
         of routed experts, "mapped", "locked" or "copied"; by default the plan's choice. plan: a file that
-        `dsr1 plan --save` wrote. pins: single choices that the plan keeps to, as "experts:3-5=gpu". verify: whether to read the
-        whole store once and compare its checksums. progress: is told of bytes that are verified, locked or copied.
-        compiling: told of kernels that are compiled, which takes seconds the first time on a machine. Raises
+        `dsr1 plan --save` wrote. pins: single choices that the plan keeps to, as "experts:3-5=gpu". verify: whether to
+        read the whole store once and compare its checksums. progress: is told of bytes that are verified, locked or
+        copied. compiling: told of kernels that are compiled, which takes seconds the first time on a machine. Raises
         Dsr1Error, told in a sentence, when the model cannot run.
         """
         notes: list[str] = []

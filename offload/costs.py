@@ -4,7 +4,7 @@ Every figure about the machine comes from its description (offload/machine.py), 
 
     a matrix on the CPU   its blocks of 16 x 128 weights, each as long as one from memory takes for so many tokens,
                           shared out over the cores
-    experts on the CPU    the same for each that is touched: of E experts with K a token, E (1 - (1 - K/E)^T) for T tokens
+    experts on the CPU    the same for each that is touched: E (1 - (1 - K/E)^T) of E, for T tokens of K experts each
     attention on the CPU  multiplications of the form that runs, by their time; small steps: calls, and values moved
     on a GPU              the larger of bytes by its bandwidth and operations by its rate, at the shares below
     a layer with both     the CPU's experts beside the GPU's shared expert and its own experts: the longer one counts
@@ -206,8 +206,9 @@ class Costs:
 
     def _crossing(self, tokens: int) -> Times:
         """Experts' inputs to the host and outputs back."""
-        nbytes = tokens * (8 * self.config.dim + 12 * self.config.n_activated_experts)
-        return Times({CROSSING: HANDOVER_S + nbytes / self._gpu.pcie_bytes_s})
+        down, up = 4 * self.config.dim + 12 * self.config.n_activated_experts, 4 * self.config.dim
+        seconds = tokens * (down / self._gpu.to_host_bytes_s + up / self._gpu.to_gpu_bytes_s)
+        return Times({CROSSING: HANDOVER_S + seconds})
 
     def _on_gpu(self, nbytes: float, operations: float) -> Times:
         reading = nbytes / (GPU_READ_SHARE * self._gpu.read_bytes_s)

@@ -24,14 +24,15 @@ Points = tuple[tuple[float, float], ...]
 class MachineGpu:
     """memory: bytes. read_bytes_s: of its memory. flops: bfloat16 operations a second, dense.
 
-    pcie_bytes_s: between host and GPU, one way. capability: "8.9"; empty if it is not known.
+    to_gpu_bytes_s, to_host_bytes_s: over PCIe. capability: "8.9"; empty if it is not known.
     """
 
     name: str
     memory: int
     read_bytes_s: float
     flops: float
-    pcie_bytes_s: float
+    to_gpu_bytes_s: float
+    to_host_bytes_s: float
     capability: str = ""
 
 
@@ -39,11 +40,11 @@ class MachineGpu:
 class Machine:
     """Times are those of one core while all others work, too, with weights from memory; rates are of the whole machine.
 
-    source: where the figures are from. date: of the measurement, empty for data sheets. cores: that run kernels. nodes: of
-    NUMA. ram: bytes. read_bytes_s: plain reading of memory with all cores. kernels: for a format, how long a block of 16 x 128
-    weights takes: (tokens that use it, ns), ascending. call_s: of a small kernel. value_ns: of a value that a small step
-    reads and writes. absorbed_ns, decompressed_ns:
-    of a multiplication in either form of attention.
+    source: where the figures are from. date: of the measurement, empty for data sheets. cores: that run kernels.
+    nodes: of NUMA. ram: bytes. read_bytes_s: plain reading of memory with all cores. kernels: for a format, how long a
+    block of 16 x 128 weights takes: (tokens that use it, ns), ascending. call_s: of a small kernel. value_ns: of a
+    value that a small step reads and writes. absorbed_ns, decompressed_ns: of a multiplication in either form of
+    attention.
     """
 
     name: str
@@ -136,7 +137,8 @@ def _gpu(found: Any, where: str) -> MachineGpu:
         memory=math.ceil(_positive(found, "memory", where)),
         read_bytes_s=_positive(found, "read_bytes_s", where),
         flops=_positive(found, "flops", where),
-        pcie_bytes_s=_positive(found, "pcie_bytes_s", where),
+        to_gpu_bytes_s=_positive(found, "to_gpu_bytes_s", where),
+        to_host_bytes_s=_positive(found, "to_host_bytes_s", where),
         capability=str(found.get("capability", "")),
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from offload.pins import Pin
 from offload.plan import Device, Placement, PlanComponent, RamResidency, Range, Residency, Tier, planned_component
@@ -90,16 +90,10 @@ class Parts:
     @cached_property
     def all(self) -> tuple[Part, ...]:
         """Raises PlanError for a pin that fits no part."""
-        parts = [part for group in self._groups().items() for part in self._parts(*group)]
+        parts = [part for group in _groups(self.inventory).items() for part in self._parts(*group)]
         for pin in self.pins:
             parts = pin.apply(parts)
         return tuple(parts)
-
-    def _groups(self) -> dict[tuple[int | None, PlanComponent], list[TensorSpec]]:
-        groups: dict[tuple[int | None, PlanComponent], list[TensorSpec]] = {}
-        for spec in self.inventory.tensors:
-            groups.setdefault((spec.layer, planned_component(spec)), []).append(spec)
-        return groups
 
     def _parts(self, key: tuple[int | None, PlanComponent], specs: list[TensorSpec]) -> Iterator[Part]:
         layer, component = key
@@ -127,6 +121,15 @@ class Parts:
     def _reads_heads(self, form: Form) -> bool:
         config = self.config
         return reads_heads(form.representation, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank)
+
+
+@lru_cache(maxsize=4)
+def _groups(inventory: Inventory) -> dict[tuple[int | None, PlanComponent], list[TensorSpec]]:
+    """The tensors of each component of each layer."""
+    groups: dict[tuple[int | None, PlanComponent], list[TensorSpec]] = {}
+    for spec in inventory.tensors:
+        groups.setdefault((spec.layer, planned_component(spec)), []).append(spec)
+    return groups
 
 
 def component_forms(config: ModelConfig, specs: Sequence[TensorSpec], available: Available) -> tuple[Form, ...]:

@@ -181,5 +181,5 @@ def _chosen(part: Part, entry: Mapping[str, Any], experts: Range | None, path: P
     if (tier, residency) not in places:
         raise PlanError(f"{where} cannot be in {str(tier)[:20]}, {str(residency)[:20]}; {AGAIN}")
     others = tuple(other for other in part.forms if other != form)  # which a pin may ask for
-    place = places[places.index((tier, residency))]
+    place = next(place for place in places if place == (tier, residency))
     return replace(part, forms=(form, *others), tier=place[0], residency=place[1])

@@ -23,6 +23,7 @@ from offload.benchmark.limits import fastest_read
 from offload.benchmark.measure import seconds_of
 from offload.benchmark.weights import random_records
 from offload.experts import CpuExperts, ExpertBuffers, PackedExperts
+from offload.gpu_probe import measure_gpu
 from offload.machine import Machine, Points
 from offload.memory import huge_memory
 from offload.this_machine import known_gpu
@@ -70,7 +71,7 @@ def probe(tell: Tell) -> Machine:
         value_ns=value_ns,
         absorbed_ns=absorbed_ns,
         decompressed_ns=decompressed_ns,
-        gpu=known_gpu(),
+        gpu=measure_gpu(known_gpu()),
     )
 
 
@@ -92,14 +93,19 @@ def _block_points(fmt: PackedFormat, nbytes: int) -> Points:
     blocks = TOUCHED * 3 * DIM * INTER // (TILE_ROWS * BLOCK_K)
     points, turn = [], 0
     for each in TOKENS:
-        tokens, runs = TOUCHED * each // TOP_K, []
-        x, weights = torch.randn(tokens, DIM).bfloat16(), torch.rand(tokens, TOP_K)
+        runs = []
         for _ in range(1 + RUNS):
-            first, turn = turn * TOUCHED, turn + 1
-            ids = ((torch.arange(tokens * TOP_K) % TOUCHED + first) % count).view(tokens, TOP_K)
-            runs.append(seconds_of(lambda ids=ids: layer.sync(layer.submit(x, ids, weights))))  # type: ignore[misc]
+            runs.append(_layer_s(layer, TOUCHED * each // TOP_K, turn * TOUCHED, count))
+            turn += 1
         points.append((each, 1e9 * median(runs[1:]) * thread_count() / blocks))
     return tuple(points)
+
+
+def _layer_s(layer: CpuExperts, tokens: int, first: int, count: int) -> float:
+    """Seconds of a call for TOUCHED experts from `first` on, of `count` that go round."""
+    ids = ((torch.arange(tokens * TOP_K) % TOUCHED + first) % count).view(tokens, TOP_K)
+    x, weights = torch.randn(tokens, DIM).bfloat16(), torch.rand(tokens, TOP_K)
+    return seconds_of(lambda: layer.sync(layer.submit(x, ids, weights)))
 
 
 def _steps(memory: Tensor) -> tuple[float, float]:

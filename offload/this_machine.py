@@ -63,7 +63,7 @@ def assumed_machine() -> Machine:
 
 
 def known_gpu() -> MachineGpu | None:
-    """The first GPU that nvidia-smi tells of, with the data sheet of a shipped machine's; that of TYPICAL without one."""
+    """The first GPU that nvidia-smi tells of, with the data sheet of a shipped machine's; without one TYPICAL's."""
     sheets = [machine.gpu for name in named_machines() if (machine := load_machine(name)).gpu is not None]
     typical = load_machine(TYPICAL).gpu
     for found in gpus():

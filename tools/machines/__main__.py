@@ -107,7 +107,7 @@ def machine_of(sheet: Sheet) -> Machine:
         value_ns=VALUE_NS,
         absorbed_ns=ABSORBED_NS,
         decompressed_ns=DECOMPRESSED_NS,
-        gpu=MachineGpu(sheet.gpu, memory * 2**30, gb_s * 1e9, tflops * 1e12, pcie * 1e9, capability),
+        gpu=MachineGpu(sheet.gpu, memory * 2**30, gb_s * 1e9, tflops * 1e12, pcie * 1e9, pcie * 1e9, capability),
     )
 
 
