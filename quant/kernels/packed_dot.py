@@ -36,6 +36,7 @@ from quant.kernels.vector import (
     VI,
     i64,
     multiply_add,
+    prefetch,
     splat,
     splat_bits,
     splat_float,
@@ -371,13 +372,6 @@ def _load(builder: Any, base: Any, offset: int, kind: ir.Type) -> Any:
     loaded = builder.load(builder.inttoptr(builder.add(base, i64(offset)), POINTER), typ=kind)
     loaded.align = 1
     return loaded
-
-
-def prefetch(builder: Any, address: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
-    builder.call(prefetch, [builder.inttoptr(address, POINTER), read, keep, data])
 
 
 _fast, _accurate, _q8 = (make_packed_dot(fmt, 1) for fmt in (FAST, ACCURATE, Q8))
