@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from offload.plan import Plan
 from quant.config import ModelConfig
+from quant.inventory import CacheFormat
 from quant.packed import BLOCK_K
 
 # The numbers of hybrid_rt/latent_attention.py, which the planner cannot import; a test compares them.
@@ -34,17 +35,23 @@ def workspace_bytes(config: ModelConfig, plan: Plan) -> int:
 
     `wkv_b` counts, in float32, for the layer that is computed.
     """
-    act = 4 if plan.dtype == "float32" else 2
-    lengths = (plan.prefill_chunk, min(plan.prefill_chunk, ABSORBED_UP_TO))  # the two forms of attention
-    passes = [_Pass(config, tokens, act).peak for tokens in lengths]
-    logits = config.vocab_size * (act + F32)
-    experts = device_expert_bytes(config, plan) if plan.gpu_experts() else 0
-    return max(*passes, logits) + SMALL_TENSORS + experts
+    return _workspace(config, plan, plan.gpu_experts() > 0)
 
 
 def device_expert_bytes(config: ModelConfig, plan: Plan) -> int:
-    """Bytes that experts on the GPU need to run: their outputs beside the shared expert's work."""
-    return plan.prefill_chunk * config.dim * F32
+    """Bytes of workspace that the first experts on a GPU add to a plan that has none there."""
+    return _workspace(config, plan, True) - _workspace(config, plan, False)
+
+
+def _workspace(config: ModelConfig, plan: Plan, has_experts: bool) -> int:
+    act = F32 if plan.dtype == "float32" else 2
+    lengths = (plan.prefill_chunk, min(plan.prefill_chunk, ABSORBED_UP_TO))  # the two forms of attention
+    passes = [_Pass(config, tokens, act, plan.cache_format, has_experts).peak for tokens in lengths]
+    logits = config.vocab_size * (act + F32)
+    unpacked = 0
+    if not plan.on_gpu and plan.cache_format == "int8":  # the CPU unpacks a layer's rows as a whole
+        unpacked = plan.context * config.latent_dim * 2 * F32
+    return max(*passes, logits) + SMALL_TENSORS + unpacked
 
 
 def host_bytes(config: ModelConfig, chunk: int) -> int:
@@ -80,11 +87,13 @@ def _whole_blocks(columns: int) -> int:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass of `tokens` tokens. `act`: bytes of an activation."""
+    """One forward pass of `tokens` tokens. act: bytes of an activation. has_experts: whether the device has some."""
 
     config: ModelConfig
     tokens: int
     act: int
+    cache: CacheFormat
+    has_experts: bool
 
     @property
     def peak(self) -> int:
@@ -128,8 +137,12 @@ class _Pass:
         return max(q_latent + 3 * queries, kept + max(scores, 2 * weighted))
 
     def _small(self, block: int) -> int:
-        """The latents of two rounds (of a float32 cache they are views), rows' maxima and totals, and the mask."""
-        latents = 0 if self.act == F32 else 2 * block * self.config.latent_dim * F32
+        """The latents of two rounds (of a float32 cache they are views), rows' maxima and totals, and the mask.
+
+        Unpacking latents of 8 bits takes their spread scales, the product and the result beside those of the last round.
+        """
+        rounds = {"float32": 0, "bfloat16": 2, "int8": 4}[self.cache]
+        latents = rounds * block * self.config.latent_dim * F32
         return latents + 8 * self.config.n_heads * self.tokens * F32 + self.tokens * block
 
     @property
@@ -139,8 +152,10 @@ class _Pass:
         dense = self._mlp(config.inter_dim) if config.n_dense_layers else 0
         gate = row * F32 + 6 * self.tokens * config.n_routed_experts * F32
         shared = self._mlp(config.n_shared_experts * config.moe_inter_dim)
-        sync = row * F32 + 3 * row * self.act
+        sync = row * F32 + 3 * row * self.act + (row * F32 if self.has_experts else 0)
         submitted = row * F32 + 12 * self.tokens * config.n_activated_experts
+        if self.has_experts:  # their sum, and what they and the CPU get
+            submitted += row * F32 + 36 * self.tokens * config.n_activated_experts
         mixture = max(gate, submitted + max(shared, sync)) if config.n_moe_layers else 0
         return row * self.act + max(dense, mixture)
 
