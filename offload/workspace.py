@@ -139,7 +139,7 @@ class _Pass:
     def _small(self, block: int) -> int:
         """The latents of two rounds (of a float32 cache they are views), rows' maxima and totals, and the mask.
 
-        Unpacking latents of 8 bits takes their spread scales, the product and the result beside those of the last round.
+        Unpacking latents of 8 bits takes spread scales, the product and the result beside those of the last round.
         """
         rounds = {"float32": 0, "bfloat16": 2, "int8": 4}[self.cache]
         latents = rounds * block * self.config.latent_dim * F32
