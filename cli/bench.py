@@ -22,7 +22,7 @@ from offload.benchmark.measure import Run, Runs, seconds_of
 from offload.benchmark.plot import check_plot, draw_roofline
 from offload.benchmark.report import Point, Report, Wanted, measure_shape, plural
 from offload.benchmark.use import MemoryUse, anonymous_bytes, memory_use
-from offload.costs import Costs
+from offload.costs import Costs, at_bandwidth
 from offload.experts import CpuExperts
 from offload.hardware import usable_ram
 from offload.machine import Machine
@@ -92,7 +92,8 @@ def bench(
     use_threads(threads)
     machine = known_machine(threads)
     report = bench_shape(shape, config, packed, wanted)
-    predicted = {point: predict_layer(config, machine, packed, point) for point in (*report.decode, *report.prefill)}
+    now = at_bandwidth(machine, report.limits.read.bytes_s)
+    predicted = {point: predict_layer(config, now, packed, point) for point in (*report.decode, *report.prefill)}
     if as_json:
         fields = report.to_json()
         for kind in ("decode", "prefill"):
@@ -295,7 +296,7 @@ def measure_engine(name: str, engine: Engine, machine: Machine, before: int) -> 
         read_bytes=read.nbytes,
         read_gb_s=read.bytes_s / 1e9,
         share=engine.plan.decode_ram_bytes / seconds / read.bytes_s,
-        predicted=predict(engine, machine, longest, len(prompt) + len(decode.runs) // 2),
+        predicted=predict(engine, at_bandwidth(machine, read.bytes_s), longest, len(prompt) + len(decode.runs) // 2),
         memory=memory,
     )
 
@@ -347,7 +348,7 @@ def show_engine(figures: EngineFigures) -> None:
     )
     predicted, use = figures.predicted, figures.memory
     decode_s = 1e3 / figures.decode_ms
-    print("predicted, from the probe of this machine alone:")
+    print("predicted, from the probe of this machine and the bandwidth just read:")
     print(f"prefill  {_beside(predicted.prefill_tok_s, figures.prefill_tok_s, 'tokens/s')}; {predicted.prefill_limit}")
     print(f"decode   {_beside(predicted.decode_tok_s, decode_s, 'tokens/s (median)')}; {predicted.decode_limit}")
     print(f"RAM      {_beside(use.planned / 2**30, use.taken / 2**30, 'GiB')} ({format_size(use.mapped)} mapped)")

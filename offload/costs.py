@@ -12,7 +12,7 @@ Every figure about the machine comes from its description (offload/machine.py), 
 The shares and times of a GPU are assumptions; nothing has been measured on one yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from offload.machine import Machine, MachineGpu
@@ -219,6 +219,18 @@ class Costs:
     def _gpu(self) -> MachineGpu:
         assert self.machine.gpu is not None, "a plan with a GPU tier is predicted for a machine with a GPU"
         return self.machine.gpu
+
+
+def at_bandwidth(machine: Machine, read_bytes_s: float) -> Machine:
+    """The machine while its memory is read at another rate, as on a shared one: blocks that wait for it change alike."""
+    slower = machine.read_bytes_s / read_bytes_s
+
+    def block(name: str, ns: float) -> float:
+        reading = 1e9 * block_bytes(name) * machine.cores / machine.read_bytes_s
+        return ns * slower if 2 * reading >= ns else ns
+
+    kernels = {name: tuple((t, block(name, ns)) for t, ns in points) for name, points in machine.kernels.items()}
+    return replace(machine, read_bytes_s=read_bytes_s, kernels=kernels)
 
 
 def block_bytes(representation: str) -> int:

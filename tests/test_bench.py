@@ -23,7 +23,7 @@ from offload.benchmark.layer import ENOUGH_BYTES, BenchLayers, Extent, Turn, cho
 from offload.benchmark.limits import expert_ranges, range_bytes, record_ranges
 from offload.benchmark.measure import Effort, Run, Runs, alternate
 from offload.benchmark.report import Report, Wanted, measure_shape, thread_steps
-from offload.costs import Costs
+from offload.costs import Costs, at_bandwidth
 from offload.machine import load_machine
 from offload.workspace import host_bytes
 from quant import isa
@@ -263,8 +263,9 @@ def test_a_shape_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     fields = json.loads(printed.out)
     assert (fields["shape"], fields["format"], fields["threads"]) == ("nano", "fast", 1)
     record = 3 * 64 * 256 * FAST.block_bytes // (16 * 128)
-    predicted = Costs(find_shape("nano"), load_machine("rtx-4090-ddr5")).experts("fast", record, 8, 8).seconds
-    assert fields["decode"][0]["predicted_ms"] == pytest.approx(16 * 1e3 * predicted)  # 16 cores, and one thread here
+    machine = at_bandwidth(replace(load_machine("rtx-4090-ddr5"), cores=1), 1e9 * fields["read_gb_s"])
+    predicted = Costs(find_shape("nano"), machine).experts("fast", record, 8, 8).seconds
+    assert fields["decode"][0]["predicted_ms"] == pytest.approx(1e3 * predicted)
     assert fields["decode"][0]["tokens"] == 2 and not fields["prefill"] and not fields["scaling"]
     assert "making" in printed.err and "may stay in a cache" in printed.err
 
