@@ -85,6 +85,11 @@ class Costs:
         prompt = min(PROMPT, max(1, plan.context // 2))
         return prompt / self.prefill(plan, prompt).seconds
 
+    def chunk_tok_s(self, plan: Plan) -> float:
+        """Of one whole chunk, the last one of the prompt that `predict` takes by default."""
+        seen = max(plan.prefill_chunk, min(PROMPT, max(1, plan.context // 2)))
+        return plan.prefill_chunk / self.forward(plan, plan.prefill_chunk, seen).seconds
+
     def prefill(self, plan: Plan, prompt: int) -> Times:
         """All chunks of a prompt, and the logits of its last token."""
         total, done = Times(), 0
@@ -222,7 +227,7 @@ class Costs:
 
 
 def at_bandwidth(machine: Machine, read_bytes_s: float) -> Machine:
-    """The machine while its memory is read at another rate, as on a shared one: blocks that wait for it change alike."""
+    """The machine while its memory is read at another rate: blocks that wait for memory change with it."""
     slower = machine.read_bytes_s / read_bytes_s
 
     def block(name: str, ns: float) -> float:

@@ -92,25 +92,19 @@ class Planning:
             levels.append(Level(caches[-1], reduced))
         return levels
 
-    def chunks(self, level: Level) -> list[int]:
-        """Chunks to try, the fastest one first."""
-        if (pinned := pinned_chunk(self.pins)) is not None:
-            return [min(pinned, self.budget.context)]
-        return self._chunks[level]
-
     @cached_property
-    def _chunks(self) -> dict[Level, list[int]]:
-        return {level: self._chunk_order(level) for level in self.levels()}
-
-    def _chunk_order(self, level: Level) -> list[int]:
-        """From the smallest chunk on, each that is worth its memory by predicted speed; then the other way round.
+    def chunks(self) -> list[int]:
+        """Chunks to try, the fastest one first: from the smallest on, each that is worth its memory by predicted speed.
 
         No budget counts here, so more memory cannot change the order.
         """
+        if (pinned := pinned_chunk(self.pins)) is not None:
+            return [min(pinned, self.budget.context)]
+        best, *_ = self.levels()
         order: list[int] = []
         speed = 0.0
         for chunk in dict.fromkeys(min(chunk, self.budget.context) for chunk in PREFILL_CHUNKS):
-            predicted = self.costs.prefill_tok_s(draft(self, level, chunk))
+            predicted = self.costs.chunk_tok_s(draft(self, best, chunk))
             if not order or predicted >= WORTH * speed:
                 order.append(chunk)
                 speed = predicted
@@ -119,7 +113,7 @@ class Planning:
     def drafts(self) -> Iterator[tuple[Level, Plan]]:
         """Plans to try, the best one first; the last one is the smallest."""
         for level in self.levels():
-            for chunk in self.chunks(level):
+            for chunk in self.chunks:
                 yield level, draft(self, level, chunk)
 
 
@@ -292,7 +286,7 @@ def _transfers(config: ModelConfig, plan: Plan) -> Transfers:
 def _reasons(planning: Planning, level: Level, plan: Plan, tried: Mapping[Level, Plan]) -> Iterator[str]:
     """A sentence for each choice."""
     yield _quality_reason(planning, level, tried)
-    order = planning.chunks(level)
+    order = planning.chunks
     speed = planning.costs.prefill_tok_s(plan)
     if pinned_chunk(planning.pins) is not None:
         yield f"Prefill goes in chunks of {plan.prefill_chunk} tokens, as --pin says."
