@@ -83,7 +83,7 @@ class Planning:
         """Qualities to try, the best one first."""
         exact = DTYPE_CACHES[self.budget.dtype]
         caches = [pinned_cache(self.pins) or exact]
-        if caches[0] == "bfloat16" and pinned_cache(self.pins) is None and _takes_int8(self.config):
+        if caches[0] == "bfloat16" and pinned_cache(self.pins) is None and self._int8_saves:
             caches.append("int8")
         levels = [Level(cache, ()) for cache in caches]
         reduced: tuple[PlanComponent, ...] = ()
@@ -91,6 +91,15 @@ class Planning:
             reduced += components
             levels.append(Level(caches[-1], reduced))
         return levels
+
+    @cached_property
+    def _int8_saves(self) -> bool:
+        """Whether a cache in 8 bits makes the smallest plan smaller: not where unpacking takes more than it saves."""
+        if not _takes_int8(self.config):
+            return False
+        chunk = min(PREFILL_CHUNKS[0], self.budget.context)
+        exact, packed = draft(self, Level("bfloat16", ()), chunk), draft(self, Level("int8", ()), chunk)
+        return packed.gpu_bytes + packed.ram_bytes < exact.gpu_bytes + exact.ram_bytes
 
     @cached_property
     def chunks(self) -> list[int]:

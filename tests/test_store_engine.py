@@ -19,7 +19,6 @@ from offload.plan import PlanError
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.errors import DeviceError, Dsr1Error, StoreError
-from quant.inventory import cache_bytes
 from quant.progress import Progress
 from quant.recipes import RECIPES
 from quant.store import Store, is_store
@@ -75,9 +74,10 @@ def test_a_store_answers_and_streams(stores: dict[str, Path]) -> None:
 
 def test_an_emulated_gpu_gives_the_same_tokens_within_its_budget(stores: dict[str, Path]) -> None:
     sampling = Sampling(temperature=0, max_new_tokens=8)
-    alone = Engine.load(stores["accurate"], context=200, threads=1)
+    alone = Engine.load(stores["accurate"], context=200, threads=1, pins=["chunk=128"])
     ids = random_ids(alone, 150)
-    emulated = Engine.load(stores["accurate"], gpu_mem="2G", context=200, device="emulate", threads=1)
+    options = {"gpu_mem": "2G", "context": 200, "device": "emulate", "threads": 1}
+    emulated = Engine.load(stores["accurate"], pins=["chunk=128"], **options)
     assert collect(emulated.generate(ids, sampling)).token_ids == collect(alone.generate(ids, sampling)).token_ids
     assert emulated.plan.device == "emulate" and emulated.plan.representation(1, "attention") == "q8"
 
@@ -129,14 +129,14 @@ def test_an_8_bit_cache_changes_little(device: str, stores: dict[str, Path]) -> 
     exact, packed = (Engine.load(stores["q8"], pins=[f"cache={fmt}"], **options) for fmt in ("bfloat16", "int8"))
     ids = random_ids(exact, 200)
     assert packed.session().cache.data.dtype == torch.uint8
-    assert 0 < error_of(packed, exact, ids) < 0.1
+    assert 0 < error_of(packed, exact, ids) < 2 * LIMITS["q8"]
     session = packed.session()
     session.append(ids[:150])
     for token in ids[150:160]:  # steps of one token, which would be recorded
         logits = session.append([token])
     again = packed.session()
     error = (again.append(ids[:160]) - logits).norm() / logits.norm()
-    assert error < 0.1 and session.fork().cache.data.shape == session.cache.data.shape
+    assert error < 2 * LIMITS["q8"] and session.fork().cache.data.shape == session.cache.data.shape
 
 
 def test_a_saved_plan_runs(stores: dict[str, Path], tmp_path: Path) -> None:
@@ -184,9 +184,8 @@ def test_the_largest_prompt_stays_within_the_smallest_budget(context: int, store
 def test_a_smaller_budget_takes_4_bits_and_then_is_refused(stores: dict[str, Path]) -> None:
     emulated = {"context": 64, "device": "emulate", "threads": 1}
     roomy = Engine.load(stores["accurate"], gpu_mem="2G", pins=["experts=mapped"], **emulated).plan
-    first = roomy.cache_bytes - cache_bytes(Store.open(stores["accurate"]).config, 64, "int8")  # what goes first
-    tight = Engine.load(stores["accurate"], gpu_mem=roomy.gpu_bytes - first - 1, **emulated)
-    assert tight.plan.cache_format == "int8"
+    tight = Engine.load(stores["accurate"], gpu_mem=roomy.gpu_bytes - 1, **emulated)
+    assert tight.plan.cache_format == "bfloat16"  # of so few tokens, 8 bits would save less than unpacking takes
     assert tight.plan.representation(1, "shared_expert") == "accurate"
     assert counted_weights(tight) == tight.plan.weight_bytes("gpu") < roomy.weight_bytes("gpu")
     tokens = collect(tight.generate([5, 6, 7], Sampling(temperature=0, max_new_tokens=2))).token_ids
