@@ -1,7 +1,7 @@
 """`dsr1 bench`: a model end to end, or the experts of a shape beside what this machine can do."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,15 +21,20 @@ from offload.benchmark.limits import expert_ranges, fastest_read
 from offload.benchmark.measure import Run, Runs, seconds_of
 from offload.benchmark.plot import check_plot, draw_roofline
 from offload.benchmark.report import Point, Report, Wanted, measure_shape, plural
+from offload.benchmark.use import MemoryUse, anonymous_bytes, memory_use
+from offload.costs import Costs, at_bandwidth
 from offload.experts import CpuExperts
 from offload.hardware import usable_ram
+from offload.machine import Machine
+from offload.probe import probe
 from offload.sizes import format_size
+from offload.this_machine import keep, measured_machine
 from quant import isa
 from quant.config import ModelConfig, load_config
 from quant.errors import UsageError
 from quant.kernels import thread_count
 from quant.kernels.ahead import MEASURING_KERNELS, PACKED_KERNELS, compile_ahead
-from quant.packed import PACKED_FORMATS, PackedFormat
+from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat
 from quant.shapes import known_shape
 
 NANO = "nano"
@@ -43,7 +48,8 @@ SHAPES = {
 DEFAULT_FORMAT, DEFAULT_DECODE, DEFAULT_PREFILL = "accurate", "1,2,4,8,16", "128,512,2048"
 PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 512, 64, 64
 PREFILL_RUNS = 3
-TABLE_WIDTH = 110  # columns that a report of R1's size takes
+BENCH_CONTEXT = 1024  # tokens: little more than is measured
+TABLE_WIDTH = 120  # columns that a report of R1's size takes
 SMALL_BYTES = 2**30  # weights below may be served from a cache
 
 
@@ -68,7 +74,8 @@ def bench(
             raise UsageError(
                 "--format, --decode, --prefill and --plot are for layers of a shape; give --shape, as in r1"
             )
-        bench_engine(RunOptions(model=model or DEFAULT_MODEL, threads=threads, residency=residency), as_json)
+        options = RunOptions(model=model or DEFAULT_MODEL, threads=threads, residency=residency, context=BENCH_CONTEXT)
+        bench_engine(options, as_json)
         return
     if residency is not None:
         raise UsageError("--residency is for a model; layers of a shape are made in memory, so leave it out")
@@ -83,11 +90,18 @@ def bench(
     if plot is not None:
         check_plot(plot)
     use_threads(threads)
+    machine = known_machine(threads)
     report = bench_shape(shape, config, packed, wanted)
+    now = at_bandwidth(machine, report.limits.read.bytes_s)
+    predicted = {point: predict_layer(config, now, packed, point) for point in (*report.decode, *report.prefill)}
     if as_json:
-        print(json.dumps(report.to_json()))
+        fields = report.to_json()
+        for kind in ("decode", "prefill"):
+            for entry, point in zip(fields[kind], getattr(report, kind), strict=True):
+                entry["predicted_ms"] = 1e3 * predicted[point]
+        print(json.dumps(fields))
     else:
-        show_report(report, Console(highlight=False, markup=False))
+        show_report(report, Console(highlight=False, markup=False), predicted)
     if plot is not None:
         draw_roofline(report, plot)
 
@@ -129,8 +143,15 @@ def bench_shape(name: str, config: ModelConfig, fmt: PackedFormat, wanted: Wante
     return measure_shape(name, layers, wanted, say)
 
 
-def show_report(report: Report, console: Console) -> None:
-    """The report as a table, and the limits that its shares are of."""
+def predict_layer(config: ModelConfig, machine: Machine, fmt: PackedFormat, point: Point) -> float:
+    """Seconds of a call by the cost model."""
+    record = ExpertRecord(fmt, config.dim, config.moe_inter_dim)
+    pairs = point.tokens * config.n_activated_experts
+    return Costs(config, machine).experts(fmt.name, record.nbytes, point.experts, pairs).seconds
+
+
+def show_report(report: Report, console: Console, predicted: Mapping[Point, float]) -> None:
+    """The report as a table, and the limits that its shares are of. predicted: seconds of a point's call."""
     title = f"{report.shape}, {report.format}: {report.layers} x {report.experts} experts"
     console.print(
         f"{title}, {format_size(report.weight_bytes)}; {plural(report.threads, 'thread')}, {isa.current()}",
@@ -143,27 +164,60 @@ def show_report(report: Report, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     console = Console(file=console.file, width=max(console.width, TABLE_WIDTH), highlight=False)  # no digit is cut
     table.add_column("", no_wrap=True)
-    for name in ("tokens", "threads", "ms", "quartiles", "GB/s", "read GB/s", "of read", "Gop/s", "of peak"):
+    for name in (
+        "tokens",
+        "threads",
+        "ms",
+        "quartiles",
+        "predicted",
+        "GB/s",
+        "read GB/s",
+        "of read",
+        "Gop/s",
+        "of peak",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for kind, points in (("decode", report.decode), ("prefill", report.prefill), ("scaling", report.scaling)):
         for point in points:
-            table.add_row(kind, *_cells(point))
+            table.add_row(kind, *_cells(point, predicted.get(point)))
     console.print(table)
 
 
-def _cells(point: Point) -> Sequence[str]:
+def _cells(point: Point, predicted: float | None) -> Sequence[str]:
     low, high = (1e3 * seconds for seconds in point.layer.seconds_quartiles)
     return (
         str(point.tokens),
         str(point.threads),
         f"{1e3 * point.layer.seconds:.2f}",
         f"{low:.2f}-{high:.2f}",
+        "" if predicted is None else f"{1e3 * predicted:.2f}",
         f"{point.layer.bytes_s / 1e9:.1f}",
         f"{point.read.bytes_s / 1e9:.1f}",
         f"{point.read_share:.0%}",
         f"{point.operations_s / 1e9:,.0f}",
         f"{point.peak_share:.0%}",
     )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the cost model says of the same work, from the probe of this machine alone."""
+
+    machine_date: str
+    prefill_tok_s: float
+    prefill_limit: str
+    decode_tok_s: float
+    decode_limit: str
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Of a model. decode: the tokens after a prompt of `prompt_tokens`, one by one."""
+
+    prefill_tokens: int
+    prefill_tok_s: float
+    prompt_tokens: int
+    decode: Runs
 
 
 @dataclass(frozen=True)
@@ -190,26 +244,42 @@ class EngineFigures:
     read_bytes: int
     read_gb_s: float
     share: float
+    predicted: Predicted
+    memory: MemoryUse
 
 
 def bench_engine(options: RunOptions, as_json: bool) -> None:
     """Load a model, measure it and print the figures."""
+    machine = known_machine(options.threads)
+    before = anonymous_bytes()
     engine = load_engine(options)
-    figures = measure_engine(options.model, engine)
+    figures = measure_engine(options.model, engine, machine, before)
     if as_json:
         print(json.dumps(asdict(figures)))
     else:
         show_engine(figures)
 
 
-def measure_engine(name: str, engine: Engine) -> EngineFigures:
-    """A prompt of random tokens, answered greedily, and a longer one for prefill; nothing ends the answer early."""
-    longest = min(PREFILL_TOKENS, engine.context)
-    ids = torch.randint(engine.config.vocab_size, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
-    prefill = measure_prefill(engine, ids)
-    prompt = ids[: min(PROMPT_TOKENS, engine.context // 2)]
-    decode = measure_decode(engine, prompt, min(NEW_TOKENS, engine.context - len(prompt)))
-    compile_ahead(MEASURING_KERNELS, show_compiling)
+def known_machine(threads: int | None) -> Machine:
+    """This machine as it was measured; if it was not, with so many threads, it is now, and that is kept."""
+    use_threads(threads)
+    machine = measured_machine()
+    if machine is not None and (machine.cores, machine.isa) == (thread_count(), isa.current()):
+        return machine
+    compile_ahead([*PACKED_KERNELS, *MEASURING_KERNELS], show_compiling)
+    machine = probe(say)
+    keep(machine)
+    return machine
+
+
+def measure_engine(name: str, engine: Engine, machine: Machine, before: int) -> EngineFigures:
+    """A prompt of random tokens, answered greedily, and a longer one for prefill; nothing ends the answer early.
+
+    machine: as it was probed. before: anonymous memory of this process before the model was loaded.
+    """
+    speeds = measure_speeds(engine)
+    decode = speeds.decode
+    memory = memory_use(engine.plan, engine.folder, before)
     say("measuring the memory's read bandwidth")
     blocks = [block.ffn for block in engine.transformer.layers]
     experts = [ffn.experts for ffn in blocks if isinstance(ffn, MoE) and isinstance(ffn.experts, CpuExperts)]
@@ -221,9 +291,9 @@ def measure_engine(name: str, engine: Engine) -> EngineFigures:
         device=engine.plan.device,
         isa=isa.current(),
         threads=thread_count(),
-        prefill_tokens=longest,
-        prefill_tok_s=longest / prefill.seconds,
-        prompt_tokens=len(prompt),
+        prefill_tokens=speeds.prefill_tokens,
+        prefill_tok_s=speeds.prefill_tok_s,
+        prompt_tokens=speeds.prompt_tokens,
         decode_tokens=len(decode.runs),
         decode_tok_s=1 / seconds,
         decode_ms=1e3 * decode.seconds,
@@ -233,7 +303,27 @@ def measure_engine(name: str, engine: Engine) -> EngineFigures:
         read_bytes=read.nbytes,
         read_gb_s=read.bytes_s / 1e9,
         share=engine.plan.decode_ram_bytes / seconds / read.bytes_s,
+        predicted=predict(engine, at_bandwidth(machine, read.bytes_s), speeds),
+        memory=memory,
     )
+
+
+def predict(engine: Engine, machine: Machine, speeds: Speeds) -> Predicted:
+    """What was measured: the prefill, and the decoding of the token in the middle."""
+    position = speeds.prompt_tokens + len(speeds.decode.runs) // 2
+    found = Costs(engine.config, machine).predict(engine.plan, speeds.prefill_tokens, position)
+    limits = found.prefill_limit, found.decode_limit
+    return Predicted(machine.date, found.prefill_tok_s, limits[0], found.decode_tok_s, limits[1])
+
+
+def measure_speeds(engine: Engine) -> Speeds:
+    """A longer prompt of random tokens, and a shorter one that is answered greedily."""
+    longest = min(PREFILL_TOKENS, engine.context)
+    ids = torch.randint(engine.config.vocab_size, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
+    prefill = measure_prefill(engine, ids)
+    prompt = ids[: min(PROMPT_TOKENS, engine.context // 2)]
+    decode = measure_decode(engine, prompt, min(NEW_TOKENS, engine.context - len(prompt)))
+    return Speeds(longest, longest / prefill.seconds, len(prompt), decode)
 
 
 def measure_prefill(engine: Engine, ids: list[int]) -> Runs:
@@ -274,3 +364,13 @@ def show_engine(figures: EngineFigures) -> None:
         f"memory   {figures.decode_gb_s:.2f} GB/s of weights in decode, {figures.share:.0%} of the "
         f"{figures.read_gb_s:.1f} GB/s of plain reading ({format_size(figures.read_bytes)} of experts)"
     )
+    predicted, use = figures.predicted, figures.memory
+    decode_s = 1e3 / figures.decode_ms
+    print("predicted, from the probe of this machine and the bandwidth just read:")
+    print(f"prefill  {_beside(predicted.prefill_tok_s, figures.prefill_tok_s, 'tokens/s')}; {predicted.prefill_limit}")
+    print(f"decode   {_beside(predicted.decode_tok_s, decode_s, 'tokens/s (median)')}; {predicted.decode_limit}")
+    print(f"RAM      {_beside(use.planned / 2**30, use.taken / 2**30, 'GiB')} ({format_size(use.mapped)} mapped)")
+
+
+def _beside(predicted: float, measured: float, unit: str) -> str:
+    return f"{predicted:,.2f} of {measured:,.2f} {unit} measured, {predicted / measured - 1:+.0%}"

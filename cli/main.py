@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.escape import say
-from cli.options import IsaOption, RunOptions, takes_run_options
+from cli.options import IsaOption, PinOption, RunOptions, takes_run_options
 from quant.errors import Dsr1Error, UsageError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -134,13 +134,29 @@ def plan(
     residency: Annotated[
         str | None, typer.Option(metavar="NAME", help="Routed experts in RAM: mapped, locked or copied.")
     ] = None,
+    pin: PinOption = None,
+    hardware: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for another machine: one that ships, or a file.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="How often experts are used: the most used go to the GPU first.")
+    ] = None,
+    load: Annotated[str | None, typer.Option("--plan", metavar="FILE", help="Show a saved plan.")] = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan, for `dsr1 run --plan`.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why each choice was made.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Say what fits and where everything goes, before anything is downloaded."""
+    from cli.plan import Output
     from cli.plan import plan as show_plan
+    from offload.wishes import Wishes
 
-    show_plan(model, gpu_mem, ram, context, recipe, device, residency, json)
+    pins = tuple(pin or ())
+    wishes = Wishes(
+        gpu_mem, ram, context, device, residency=residency, pins=pins, hardware=hardware, profile=profile, plan=load
+    )
+    show_plan(model, wishes, recipe, Output(json, explain, save))
 
 
 @app.command()

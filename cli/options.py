@@ -23,6 +23,12 @@ IsaOption = Annotated[
         "--isa", metavar="NAME", callback=_force, help=f"{', '.join(INSTRUCTION_SETS)}. Default: the best there is."
     ),
 ]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin", metavar="PART=WHAT", help="Fix a choice of the plan, as in experts:3-5=gpu; may be repeated."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class RunOptions:
             metavar="NAME", help="Routed experts in RAM: mapped, locked or copied. Default: the plan's choice."
         ),
     ] = None
+    plan: Annotated[str | None, typer.Option(metavar="FILE", help="Keep to a plan of `dsr1 plan --save`.")] = None
+    pin: PinOption = None
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None
     isa: IsaOption = None
     verify: Annotated[bool, typer.Option("--verify", help="Compare the store's checksums first.")] = False

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.escape import escape, say
-from offload.hardware import choose_device, usable_ram
+from offload.costs import Prediction
+from offload.machine import Machine
+from offload.parts import Available
 from offload.plan import Plan
-from offload.planner import Available, Budget, choose_context, choose_residency, make_plan
-from offload.sizes import format_size, parse_size
-from offload.topology import read_topology
+from offload.plan_file import save_plan
+from offload.sizes import format_size
+from offload.wishes import Wishes, plan_for
 from quant.config import load_config
 from quant.errors import CheckpointError, StoreError
 from quant.hub import HUB_ID, Published, published_in, published_on_hub
@@ -25,8 +27,7 @@ from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe, representations
 from quant.shapes import KNOWN_MODELS, known_shape
 
 NANO_STORE, NANO_CHECKPOINT = "nano-r1", "nano-r1-fp8"
-EXAMPLE_BANDWIDTHS = (100, 400)  # GB/s: a workstation, and two sockets of DDR5
-TIERS = {"gpu": "GPU", "ram": "RAM"}
+TIERS = {"gpu": "GPU", "ram": "RAM", "disk": "disk"}
 
 
 @dataclass(frozen=True)
@@ -39,36 +40,46 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-def plan(
-    model: str,
-    gpu_mem: str | None = None,
-    ram: str | None = None,
-    context: int | None = None,
-    recipe: str | None = None,
-    device: str = "auto",
-    residency: str | None = None,
-    as_json: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class Output:
+    """What `dsr1 plan` does with its plan. save: a file to write it to."""
+
+    as_json: bool = False
+    explain: bool = False
+    save: Path | None = None
+
+
+def plan(model: str, wishes: Wishes, recipe: str | None = None, output: Output | None = None) -> None:
     """Print the plan for `model`. Raises PlanError, or another Dsr1Error, when there is none."""
+    output = output or Output()
     subject = find_subject(model, None if recipe is None else find_recipe(recipe))
     notes = list(subject.notes)
-    chosen, gpu_budget = choose_device(device, None if gpu_mem is None else parse_size(gpu_mem), notes)
-    nodes = read_topology().available
-    budget = Budget(
-        device=chosen,
-        gpu_mem=gpu_budget,
-        ram=usable_ram() if ram is None else parse_size(ram),
-        context=choose_context(context, subject.inventory.config.max_seq_len, notes),
-        residency=choose_residency(residency, subject.inventory, subject.available, nodes, notes),
-        nodes=len(nodes),
-    )
-    made = make_plan(subject.inventory, subject.available, budget, notes)
-    if as_json:
-        print(json.dumps({"model": model, "as": subject.title} | made.to_json()))
+    made = plan_for(wishes, subject.inventory, subject.available, notes)
+    prediction = made.planning.costs.predict(made.plan)
+    if output.save is not None:
+        save_plan(made.plan, output.save)
+    if output.as_json:
+        machine = {"name": made.planning.machine.name, "source": made.planning.machine.source}
+        about = {"model": model, "as": subject.title, "machine": machine, "prediction": asdict(prediction)}
+        print(json.dumps(about | made.plan.to_json() | {"model": model, "shape": made.plan.model}))
         return
     for note in notes:
         say(note)
-    show(made, subject.title, Console(highlight=False, markup=False))
+    console = Console(highlight=False, markup=False)
+    show(made.plan, subject.title, console)
+    for line in (*speeds(prediction, made.planning.machine), *(made.plan.reasons if output.explain else ())):
+        console.print(line, soft_wrap=True)
+
+
+def speeds(prediction: Prediction, machine: Machine) -> list[str]:
+    """What is predicted, with what limits it, and for which machine."""
+    how = machine.source + (f", {machine.date}" if machine.date else "")
+    return [
+        f"Predicted: prefill {_figure(prediction.prefill_tok_s)} tokens/s (a prompt of {prediction.prompt} tokens; "
+        f"limit: {prediction.prefill_limit}), decode {_figure(prediction.decode_tok_s)} tokens/s (limit: "
+        f"{prediction.decode_limit}).",
+        f"For {escape(machine.name)} ({escape(how)}).",
+    ]
 
 
 def find_subject(model: str, recipe: Recipe | None) -> Subject:
@@ -136,7 +147,7 @@ def show(made: Plan, title: str, console: Console) -> None:
     """The plan as a table, and what it amounts to."""
     table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     for name in ("part", "layers", "format", "where"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name in ("part", "layers"))
     table.add_column("size", justify="right", no_wrap=True)
     for row in made.table():
         where = TIERS[row.tier] if row.residency == "gpu" else f"{TIERS[row.tier]}, {row.residency}"
@@ -157,13 +168,13 @@ def summary(made: Plan) -> list[str]:
         lines.append(
             f"Rows of each routed expert are split over {made.nodes} NUMA nodes, each part in its node's memory."
         )
-    if not made.decode_ram_bytes:
-        return lines
-    ceilings = [f"{speed} GB/s: {_figure(speed * 1e9 / made.decode_ram_bytes)}" for speed in EXAMPLE_BANDWIDTHS]
-    lines.append(
-        f"A token reads {_figure(made.decode_ram_bytes / 1e6)} MB of weights from RAM. The memory's bandwidth divided "
-        f"by that is the most tokens a second ({', '.join(ceilings)})."
-    )
+    if made.transfers is not None:
+        crossing = _figure(made.transfers.decode / 1e6)
+        lines.append(
+            f"A token moves {crossing} MB over PCIe and reads {_figure(made.decode_ram_bytes / 1e6)} MB from RAM."
+        )
+    elif made.decode_ram_bytes:
+        lines.append(f"A token reads {_figure(made.decode_ram_bytes / 1e6)} MB of weights from RAM.")
     return lines
 
 

@@ -82,13 +82,16 @@ def load_engine(options: RunOptions) -> Engine:
             device=options.device,
             threads=options.threads,
             residency=options.residency,
+            plan=options.plan,
+            pins=options.pin or (),
             verify=options.verify,
             progress=show_progress,
             compiling=show_compiling,
         )
     for note in engine.notes:
         say(note)
-    if (options.gpu_mem, options.ram, options.residency, options.device) != (None, None, None, "auto"):
+    asked = (options.gpu_mem, options.ram, options.residency, options.plan, options.pin)
+    if any(asked) or options.device != "auto":
         show(engine.plan, engine.folder.name, Console(stderr=True, highlight=False, markup=False))
     return engine
 

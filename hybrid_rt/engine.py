@@ -24,6 +24,7 @@ from offload.experts import ExpertBuffers
 from offload.hardware import allowed_cores
 from offload.plan import Plan
 from offload.topology import read_topology
+from offload.wishes import Wishes
 from quant.errors import ContextError, Dsr1Error, TokenizerError
 from quant.kernels import set_threads
 from quant.kernels.ahead import PACKED_KERNELS, PLAIN_KERNELS, compile_ahead
@@ -69,6 +70,8 @@ class Engine:
         recipe: str | None = None,
         threads: int | None = None,
         residency: str | None = None,
+        plan: str | Path | None = None,
+        pins: Sequence[str] = (),
         verify: bool = False,
         progress: Callable[[Progress], None] = ignore_progress,
         compiling: Steps = untold,
@@ -78,9 +81,10 @@ class Engine:
         gpu_mem, ram: budgets such as "24G" (GiB). context: tokens a session may hold; by default 32768 or the
         model's maximum. dtype: of activations and of the cache, "bfloat16" or "float32". recipe: that of the store
         (of the built-in model: the one to take). threads: by default all cores that this process may use. residency:
-        of routed experts, "mapped", "locked" or "copied"; by default the plan's choice. verify: whether to read the
-        whole store once and compare its checksums. progress: is told of bytes that are verified, locked or copied.
-        compiling: told of kernels that are compiled, which takes seconds the first time on a machine. Raises
+        of routed experts, "mapped", "locked" or "copied"; by default the plan's choice. plan: a file that
+        `dsr1 plan --save` wrote. pins: single choices that the plan keeps to, as "experts:3-5=gpu". verify: whether to
+        read the whole store once and compare its checksums. progress: is told of bytes that are verified, locked or
+        copied. compiling: told of kernels that are compiled, which takes seconds the first time on a machine. Raises
         Dsr1Error, told in a sentence, when the model cannot run.
         """
         notes: list[str] = []
@@ -91,15 +95,17 @@ class Engine:
         if verify:
             verify_model(source, notes, progress)
         topology = read_topology()
-        plan = plan_model(source, gpu_mem, ram, context, device, dtype, notes, residency, topology)
+        saved = None if plan is None else str(plan)
+        wishes = Wishes(gpu_mem, ram, context, device, dtype, residency, tuple(pins), plan=saved)
+        chosen = plan_model(source, wishes, notes, topology)
         tokenizer = load_tokenizer(source)
         use_threads(threads)
         compile_ahead(PACKED_KERNELS if isinstance(source, Store) else PLAIN_KERNELS, compiling)
-        backend = make_backend(plan)
-        buffers = ExpertBuffers(source.config, backend, plan.prefill_chunk)
+        backend = make_backend(chosen)
+        buffers = ExpertBuffers(source.config, backend, chosen.prefill_chunk)
         loading = Loading(topology, notes, progress)
-        transformer = load_transformer(source, plan, DTYPES[dtype], backend, buffers, loading)
-        return cls(source, plan, transformer, buffers, tokenizer, notes)
+        transformer = load_transformer(source, chosen, DTYPES[dtype], backend, buffers, loading)
+        return cls(source, chosen, transformer, buffers, tokenizer, notes)
 
     def session(self) -> Session:
         """A conversation of its own, with an empty cache."""
@@ -107,7 +113,7 @@ class Engine:
 
     def new_cache(self, capacity: int) -> LatentCache:
         """An empty latent cache for `capacity` tokens."""
-        return LatentCache(self.config, capacity, self.transformer.dtype, self.backend)
+        return LatentCache(self.config, capacity, self.plan.cache_format, self.backend)
 
     def generate(self, ids: Sequence[int], sampling: Sampling | None = None) -> Iterator[Step]:
         """`Session.generate` in a session of its own."""
@@ -143,7 +149,7 @@ class Engine:
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits float32 [T, vocab] of final states [T, dim]."""
         with self.backend.counting():
-            return self.transformer.head(states).float()
+            return self.transformer.head(states).float().cpu()
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits of every position: float32 [len(ids), vocab]."""

@@ -18,6 +18,7 @@ from hybrid_rt.cache import LatentCache
 from quant import model_ops
 from quant.dequantize import dequantize
 from quant.formats import QuantTensor
+from quant.latents import unpack_latents
 from quant.operators import with_cpu_kernel
 from quant.packed import BLOCK_K, HEAD_FORMATS, TILE_ROWS
 
@@ -84,13 +85,13 @@ class OnlineSoftmax:
 def attend_decompressed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """For many queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
+    """For many queries, the last T of the `cached` [N, C + rope] tokens, or of rows in 8 bits. Returns [T, H, v]."""
     wkv_b = _dense(wkv_b)
     heads, width, lora = wkv_b.shape
     nope, rope = q_nope.shape[-1], q_pe.shape[-1]
     queries = torch.cat([q_nope, q_pe], dim=-1).float().transpose(0, 1) * scale  # [H, T, nope + rope]
     softmax = OnlineSoftmax()
-    for first, block in _blocks(cached, PREFILL_BLOCK):
+    for first, block in _blocks(cached, PREFILL_BLOCK, lora):
         latents, k_pe = block.split([lora, rope], dim=-1)
         k_nope, values = (latents @ wkv_b.transpose(1, 2)).split([nope, width - nope], dim=-1)  # [H, S, nope | v]
         keys = torch.cat([k_nope, k_pe.expand(heads, -1, -1)], dim=-1)
@@ -106,14 +107,14 @@ def attend_decompressed(
 def attend_absorbed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """For few queries, the last T of the `cached` [N, C + rope] tokens. Returns [T, H, v]."""
-    lora, nope = cached.shape[1] - q_pe.shape[-1], q_nope.shape[-1]
+    """For few queries, the last T of the `cached` [N, C + rope] tokens, or of rows in 8 bits. Returns [T, H, v]."""
     wkv_b = _dense(wkv_b)
+    lora, nope = wkv_b.shape[-1], q_nope.shape[-1]
     w_uk, w_uv = wkv_b[:, :nope], wkv_b[:, nope:]
     q_latent = q_nope.float().transpose(0, 1) @ w_uk  # [H, T, C]
     queries = torch.cat([q_latent, q_pe.float().transpose(0, 1)], dim=-1) * scale
     softmax = OnlineSoftmax()
-    for first, block in _blocks(cached, DECODE_BLOCK):
+    for first, block in _blocks(cached, DECODE_BLOCK, lora):
         scores = queries @ block.T  # [H, T, S]
         softmax.add(_mask_future(scores, first, cached.shape[0]), block[:, :lora])
     heads = softmax.result() @ w_uv.transpose(1, 2)  # [H, T, v]
@@ -129,9 +130,11 @@ def _dense(wkv_b: torch.Tensor) -> torch.Tensor:
     return dequantize(weight).unflatten(0, (heads, -1))
 
 
-def _blocks(cached: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+def _blocks(cached: torch.Tensor, size: int, lora: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """float32 [S, lora + rope] of the cached tokens from each `first` on."""
     for first in range(0, cached.shape[0], size):
-        yield first, cached[first : first + size].float()
+        rows = cached[first : first + size]
+        yield first, unpack_latents(rows, lora, torch.float32) if rows.dtype == torch.uint8 else rows.float()
 
 
 def _mask_future(scores: torch.Tensor, first: int, seen: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 What a part gets follows from the plan: in which format, and whether on the model's device or in mapped files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from hybrid_rt.layers import Linear
 from hybrid_rt.transformer import Transformer
 from offload.backend import Backend
+from offload.device_experts import ELSEWHERE, DeviceExperts, SplitExperts
 from offload.experts import CpuExperts, ExpertBuffers, ExpertWeights, PackedExperts
 from offload.memory import lock
 from offload.node_experts import NodeExperts, copy_records
@@ -87,23 +88,45 @@ class StoredParts:
     def embedding(self, name: str) -> torch.Tensor:
         return self.source.weight(name).data
 
-    def experts(self, layer: int) -> CpuExperts:
-        return CpuExperts(self._experts(layer), self.backend, self.buffers)
+    def experts(self, layer: int) -> CpuExperts | SplitExperts:
+        placements = self.plan.expert_placements(layer)
+        on_device = [placement for placement in placements if placement.tier == "gpu"]
+        on_host = [placement for placement in placements if placement.tier != "gpu"]
+        host = CpuExperts(self._host_experts(layer, on_host), self.backend, self.buffers) if on_host else None
+        if host is not None and not on_device:
+            return host
+        return SplitExperts(self._device_experts(layer, on_device), host)
 
-    def _experts(self, layer: int) -> list[ExpertWeights] | PackedExperts | NodeExperts:
+    def _device_experts(self, layer: int, placements: Sequence[Placement]) -> DeviceExperts:
+        """Those on the device, which only a store's can be. They are copied there."""
+        assert isinstance(self.source, Store), "the plan puts only a store's experts on a GPU"
+        records, slots = self.source.expert_records(layer), [ELSEWHERE] * self.source.config.n_routed_experts
+        chosen = [expert for placement in placements if placement.experts for expert in range(*placement.experts)]
+        for slot, expert in enumerate(chosen):
+            slots[expert] = slot
+        pieces = [records[slice(*placement.experts)] for placement in placements if placement.experts]
+        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        placed = self.backend.place("routed_expert", whole)
+        return DeviceExperts(placed, self.backend.place("expert slots", torch.tensor(slots)), self.source.record)
+
+    def _host_experts(
+        self, layer: int, placements: Sequence[Placement]
+    ) -> list[ExpertWeights] | PackedExperts | NodeExperts:
         """The routed experts of a layer, resident as the plan says. Other than mapped are only those of a store."""
-        placement = self.plan.placement(layer, "routed_expert")
-        if placement.residency == "mapped" or not isinstance(self.source, Store):
+        kept = [placement for placement in placements if placement.residency != "mapped"]
+        if not kept or not isinstance(self.source, Store):
             return layer_experts(self.source, layer)
         span, record = self.source.expert_span(layer), self.source.record
         report = self.meter.of(span.path.name)
-        experts: PackedExperts | NodeExperts
-        if placement.residency == "copied":
-            experts = copy_records(span, record, self.loading.topology, self.loading.notes)
-        else:
-            experts = PackedExperts(self.source.expert_records(layer), record)
-            lock(experts.records)
-        report(span.nbytes)
+        if kept[0].residency == "copied":
+            copied = copy_records(span, record, self.loading.topology, self.loading.notes)
+            report(span.nbytes)
+            return copied
+        experts = PackedExperts(self.source.expert_records(layer), record)
+        for placement in kept:
+            if placement.experts is not None:
+                lock(experts.records[slice(*placement.experts)])
+                report(placement.nbytes)
         return experts
 
     def _matrix(self, name: str) -> QuantTensor:
@@ -144,4 +167,6 @@ def load_transformer(
 ) -> Transformer:
     """The model of `source`, for forward passes of as many tokens as `buffers` hold. loading: by default in silence."""
     parts = StoredParts(source, plan, dtype, backend, buffers, loading)
-    return Transformer(source.config, parts, dtype, len(source.mtp_layers)).eval()
+    model = Transformer(source.config, parts, dtype, len(source.mtp_layers)).eval()
+    model.rope.to(backend.device)
+    return model

@@ -5,56 +5,39 @@ from collections.abc import Sequence
 from hybrid_rt.loader import Source
 from offload.backend import Backend, CpuBackend
 from offload.emulate import EmulatedBackend, Ledger
-from offload.hardware import choose_device, usable_ram
+from offload.hardware import choose_device
 from offload.memory import check_lockable
 from offload.plan import Device, Plan
-from offload.planner import Budget, choose_context, choose_residency, make_plan
-from offload.sizes import parse_size
-from offload.topology import Topology, read_topology
+from offload.topology import Topology
+from offload.wishes import Wishes, plan_for
 from quant.errors import DeviceError, Dsr1Error
 from quant.inventory import TensorSpec
 from quant.store import Store
 
 
-def plan_model(
-    source: Source,
-    gpu_mem: str | int | None,
-    ram: str | int | None,
-    context: int | None,
-    device: str,
-    dtype: str,
-    notes: list[str],
-    residency: str | None = None,
-    topology: Topology | None = None,
-) -> Plan:
+def plan_model(source: Source, wishes: Wishes, notes: list[str], topology: Topology | None = None) -> Plan:
     """Where the parts of `source` go. Raises PlanError when they do not fit, DeviceError for a device there is not.
 
-    residency: of routed experts, chosen by default. topology: by default that of this machine.
+    topology: by default that of this machine.
     """
 
     def available(spec: TensorSpec) -> Sequence[str]:
         return source.representations(spec.name)
 
-    chosen, gpu_bytes = runnable_device(device, None if gpu_mem is None else parse_size(gpu_mem), notes)
-    nodes = (topology or read_topology()).available
-    budget = Budget(
-        device=chosen,
-        gpu_mem=gpu_bytes,
-        ram=usable_ram() if ram is None else parse_size(ram),
-        context=choose_context(context, source.config.max_seq_len, notes),
-        dtype=dtype,
-        residency=choose_residency(residency, source.inventory, available, nodes, notes),
-        nodes=len(nodes),
-    )
-    plan = make_plan(source.inventory, available, budget, notes)
+    plan = plan_for(wishes, source.inventory, available, notes, runnable_device, topology).plan
+    if plan.device == "cuda":
+        raise NO_CUDA
     check_lockable(plan.resident_bytes("locked"))
     return plan
+
+
+NO_CUDA = DeviceError("this version does not run on CUDA yet; use --device cpu, or emulate to try a GPU's plan")
 
 
 def runnable_device(asked: str, gpu_mem: int | None, notes: list[str]) -> tuple[Device, int]:
     """The device that `--device` means in this version, which has no CUDA yet, and the bytes of GPU memory to use."""
     if asked == "cuda":
-        raise DeviceError("this version does not run on CUDA yet; use --device cpu, or emulate to try a GPU's plan")
+        raise NO_CUDA
     return choose_device("cpu" if asked == "auto" else asked, gpu_mem, notes)
 
 

@@ -15,6 +15,7 @@ from offload.checks.memory import huge_pages, locked_memory, numa, overcommit, r
 from offload.checks.models import models
 from offload.checks.processor import amx, cores, instruction_sets, processor
 from offload.checks.software import operating_system, packages, python
+from offload.checks.speeds import kept_speeds, speeds
 from offload.hardware import allowed_cores, cpu_quota, gpus, lockable, memory_limit, usable_ram
 from offload.topology import read_topology
 from quant import isa
@@ -32,7 +33,9 @@ def examine(root: Path = ROOT, measure: bool = False, model: Path | None = None)
     checks = [*_software(root), *_processor(root), *_memory(root), gpu(gpus()), *_folders()]
     if measure:
         checks.append(any_disk([user_cache(), hub_cache_folder()]) if model is None else disk(model))
-        checks.append(bandwidth(usable_ram()))
+        checks += [bandwidth(usable_ram()), speeds()]
+    else:
+        checks.append(kept_speeds())
     return [check for check in checks if check is not None]
 
 

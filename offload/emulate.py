@@ -85,10 +85,13 @@ class Ledger:
 
 
 class EmulatedBackend(CpuBackend):
-    """A device whose tensors are on the CPU and count in `ledger`; everything runs at once, in the order of calls."""
+    """A device whose tensors are on the CPU and count in `ledger`; everything runs at once, in the order of calls.
 
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__("cpu")
+    `device` other than the CPU is for fake tensors: then only those on it count.
+    """
+
+    def __init__(self, ledger: Ledger, device: str = "cpu") -> None:
+        super().__init__(device)
         self.ledger = ledger
         self.is_host = False  # it has a memory of its own
         self.on_host = False  # whether what runs now would run on the host
@@ -99,7 +102,8 @@ class EmulatedBackend(CpuBackend):
         Counted exactly: weights live as long as the model, so they share allocations and nothing is rounded up.
         """
         with self._uncounted():
-            alone = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            moved = tensor.to(self.device)
+            alone = moved if moved.untyped_storage().nbytes() == moved.nbytes else moved.clone()
         self.ledger.count(label, alone, unit=1)
         return alone
 
@@ -146,14 +150,14 @@ class _Counting(TorchDispatchMode):
         out = func(*args, **kwargs)
         if _makes_storage(func):
             for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor):
+                if isinstance(leaf, Tensor) and leaf.device == self.backend.device:
                     self.backend.ledger.count(TEMPORARIES, leaf)
         return out
 
 
 @cache
 def _is_composite(func: Any) -> bool:
-    return bool(func._can_decompose())
+    return func.namespace != "prim" and bool(func._can_decompose())
 
 
 @cache

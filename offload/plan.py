@@ -1,26 +1,29 @@
 """The plan: where every part of a model lives, in which format, and what that takes of the GPU and of RAM.
 
-Plain data that can be printed, saved and compared. offload/planner.py makes it, the loader follows it.
+Plain data, keyed by (layer, component, range of experts), that can be printed, saved and compared. offload/planner.py
+makes it, offload/plan_file.py saves and reads it, the loader follows it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 from quant.errors import Dsr1Error
-from quant.inventory import Component, TensorSpec
+from quant.inventory import CacheFormat, Component, TensorSpec
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 Device = Literal["cuda", "cpu", "emulate"]
-Tier = Literal["gpu", "ram"]
+Tier = Literal["gpu", "ram", "disk"]  # disk: read when needed, which this version refuses
+TIERS: tuple[Tier, ...] = get_args(Tier)
 # mapped: pages of the file, which Linux may drop. locked: mapped and kept in RAM. copied: anonymous memory.
 RamResidency = Literal["mapped", "locked", "copied"]
 RAM_RESIDENCIES: tuple[RamResidency, ...] = get_args(RamResidency)
-Residency = RamResidency | Literal["gpu", "disk"]  # disk: read when needed
+Residency = RamResidency | Literal["gpu", "disk"]
 # `wkv_b` stands alone: attention reads it in two forms, so it lives in another form than its neighbours.
 PlanComponent = Component | Literal["kv_b"]
+Range = tuple[int, int]  # of experts: the first, and the one after the last
 
 PART_NAMES: dict[PlanComponent, str] = {
     "embed": "embedding",
@@ -33,7 +36,7 @@ PART_NAMES: dict[PlanComponent, str] = {
 
 
 class PlanError(Dsr1Error):
-    """A model does not fit the memory it may use."""
+    """A model does not fit the memory it may use, or a plan does not fit the model."""
 
 
 def planned_component(spec: TensorSpec) -> PlanComponent:
@@ -43,7 +46,7 @@ def planned_component(spec: TensorSpec) -> PlanComponent:
 
 @dataclass(frozen=True)
 class Placement:
-    """One component of one layer.
+    """One component of one layer, or some of its routed experts.
 
     layer: None outside of the layers. experts: the range (first, end) of routed experts, None for the rest.
     representation: a format's name; "a+b" where the component's tensors differ. nbytes: scales and padding included.
@@ -51,11 +54,16 @@ class Placement:
 
     layer: int | None
     component: PlanComponent
-    experts: tuple[int, int] | None
+    experts: Range | None
     tier: Tier
     representation: str
     residency: Residency
     nbytes: int
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of the range; 0 for anything else."""
+        return 0 if self.experts is None else self.experts[1] - self.experts[0]
 
 
 @dataclass(frozen=True)
@@ -71,30 +79,55 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Transfers:
+    """Bytes that cross between host and GPU in a forward pass: what goes there and back for each of its tokens.
+
+    down: to the host, experts' inputs. up: to the GPU, embedded tokens and experts' outputs. logits: to the host, once
+    a pass.
+    """
+
+    down: int
+    up: int
+    logits: int
+
+    @property
+    def decode(self) -> int:
+        """Bytes of one generated token."""
+        return self.down + self.up + self.logits
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where a model lives on one machine. All sizes are bytes.
 
-    n_layers: MTP layers are numbered from there. context: tokens that the latent cache holds. prefill_chunk: most
-    tokens of a forward pass. cache_bytes: of the latent cache in cache_dtype. workspace_bytes: temporaries of a forward
-    pass. These two are on the GPU, or in RAM where there is none. reserve_bytes: what CUDA itself takes. host_bytes:
-    buffers through which experts get their inputs. decode_ram_bytes: weights read from RAM for a token. nodes: NUMA
-    nodes that copied experts are split over.
+    model: a fingerprint of its shape. n_layers: MTP layers are numbered from there. context: tokens that the latent
+    cache holds. prefill_chunk: most tokens of a forward pass. dtype: of activations. cache_bytes: of the latent cache
+    in cache_format. workspace_bytes: temporaries of a forward pass. These two are on the GPU, or in RAM where there is
+    none. context_bytes: what CUDA itself takes. allocator_bytes: for what its allocator rounds up and leaves between
+    blocks. host_bytes: buffers through which experts get their inputs. decode_ram_bytes: weights read from RAM for a
+    token. transfers: between host and GPU; None without one. nodes: NUMA nodes that copied experts are split over.
+    reasons: why it is this plan, a sentence for each choice.
     """
 
+    model: str
     device: Device
     gpu_budget: int
     ram_budget: int
     n_layers: int
     context: int
     prefill_chunk: int
-    cache_dtype: str
+    dtype: str
+    cache_format: CacheFormat
     cache_bytes: int
     workspace_bytes: int
-    reserve_bytes: int
+    context_bytes: int
+    allocator_bytes: int
     host_bytes: int
     decode_ram_bytes: int
+    transfers: Transfers | None
     placements: tuple[Placement, ...]
     notes: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
     nodes: int = 1
     version: int = PLAN_VERSION
 
@@ -102,6 +135,11 @@ class Plan:
     def on_gpu(self) -> bool:
         """Whether there is a GPU tier, a real one or an emulated one."""
         return self.device != "cpu"
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What the model may not use of the GPU's budget."""
+        return self.context_bytes + self.allocator_bytes
 
     @property
     def gpu_bytes(self) -> int:
@@ -124,16 +162,28 @@ class Plan:
         return sum(placement.nbytes for placement in self.placements if placement.residency == residency)
 
     @cached_property
-    def _by_key(self) -> dict[tuple[int | None, PlanComponent], Placement]:
-        return {(placement.layer, placement.component): placement for placement in self.placements}
+    def _by_key(self) -> dict[tuple[int | None, PlanComponent], list[Placement]]:
+        groups: dict[tuple[int | None, PlanComponent], list[Placement]] = {}
+        for placement in self.placements:
+            groups.setdefault((placement.layer, placement.component), []).append(placement)
+        return groups
 
     def placement(self, layer: int | None, component: PlanComponent) -> Placement:
-        """Where a component of a layer lives. Raises KeyError if the model has none."""
-        return self._by_key[layer, component]
+        """Where a component of a layer lives that lives in one place. Raises KeyError if the model has none."""
+        [placement] = self._by_key[layer, component]
+        return placement
+
+    def expert_placements(self, layer: int) -> Sequence[Placement]:
+        """Where the routed experts of a layer live, in the order of their numbers."""
+        return self._by_key[layer, "routed_expert"]
 
     def representation(self, layer: int | None, component: PlanComponent) -> str:
         """The format in which a component of a layer is used. Raises KeyError if the model has none."""
-        return self.placement(layer, component).representation
+        return self._by_key[layer, component][0].representation
+
+    def gpu_experts(self) -> int:
+        """Routed experts on the GPU, in all layers together."""
+        return sum(placement.expert_count for placement in self.placements if placement.tier == "gpu")
 
     def table(self) -> list[Row]:
         """What people read: one row for placements of a kind, and the buffers; the GPU first."""
@@ -143,15 +193,16 @@ class Plan:
             part = "MTP layers" if is_mtp else PART_NAMES.get(placement.component, placement.component)
             kinds.setdefault((part, placement.tier, placement.residency), []).append(placement)
         rows = [_row(*kind, placements) for kind, placements in kinds.items()]
-        return sorted([*rows, *self._buffers()], key=lambda row: row.tier)
+        return sorted([*rows, *self._buffers()], key=lambda row: TIERS.index(row.tier))
 
     def _buffers(self) -> Iterable[Row]:
         tier: Tier = "gpu" if self.on_gpu else "ram"
         residency: Residency = "gpu" if self.on_gpu else "copied"
-        yield Row(f"cache of {self.context} tokens", "", self.cache_dtype, tier, residency, self.cache_bytes)
+        yield Row(f"cache of {self.context} tokens", "", self.cache_format, tier, residency, self.cache_bytes)
         yield Row(f"workspace for {self.prefill_chunk} tokens", "", "", tier, residency, self.workspace_bytes)
-        if self.reserve_bytes:
-            yield Row("CUDA itself", "", "", "gpu", "gpu", self.reserve_bytes)
+        if self.on_gpu:
+            yield Row("CUDA itself", "", "", "gpu", "gpu", self.context_bytes)
+            yield Row("its allocator's reserve", "", "", "gpu", "gpu", self.allocator_bytes)
         yield Row("buffers of the experts", "", "f32", "ram", "copied", self.host_bytes)
 
     def to_json(self) -> dict[str, Any]:
@@ -165,6 +216,8 @@ class Plan:
 def _row(part: str, tier: Tier, residency: Residency, placements: list[Placement]) -> Row:
     layers = [placement.layer for placement in placements if placement.layer is not None]
     formats = dict.fromkeys(name for placement in placements for name in placement.representation.split("+"))
+    if tier == "gpu" and (experts := sum(placement.expert_count for placement in placements)):
+        part = f"{experts:,} {part}"
     return Row(part, _ranges(layers), ", ".join(formats), tier, residency, sum(p.nbytes for p in placements))
 
 

@@ -1,74 +1,207 @@
-"""The planner: sizes and budgets in, a frozen plan out. It opens no file and needs no torch.
+"""The planner: sizes and budgets in, the best plan out. It opens no file and needs no torch.
 
 With a GPU, everything that each token reads goes there: attention, dense layers, shared experts, norms, routers and the
-head, with the latent cache and the workspace. Routed experts, the embedding and the MTP layers stay in mapped files.
-Where a machine has several NUMA nodes, routed experts are copied into their memory.
-The most exact representations come first; where they do not fit, one component after the other takes its smallest.
+head, with the latent cache and the workspace. Routed experts, the embedding and the MTP layers stay in RAM.
+
+Plans are compared in this order, and the first that fits is the best one:
+    1. quality: LADDER says what takes its smaller form first, where memory is short;
+    2. predicted speed of prefill: the chunks of `chunk_order`;
+    3. routed experts on the GPU, as many as there is room for, the most used ones first (expert_places.py).
+More memory never makes the plan worse in this order, because every plan that fits less memory fits more.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from math import ceil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from offload.plan import (
-    RAM_RESIDENCIES,
-    Device,
-    Placement,
-    Plan,
-    PlanComponent,
-    PlanError,
-    RamResidency,
-    Residency,
-    Tier,
-    planned_component,
-)
+from offload.costs import Costs
+from offload.expert_places import Usage, place_experts
+from offload.machine import Machine
+from offload.parts import Available, Budget, Part, Parts, expert_forms
+from offload.pins import Pin, pinned_cache, pinned_chunk
+from offload.plan import RAM_RESIDENCIES, Placement, Plan, PlanComponent, PlanError, RamResidency, Transfers
+from offload.shortage import Shortages
 from offload.sizes import format_size
-from offload.workspace import host_bytes, workspace_bytes
+from offload.workspace import device_expert_bytes, host_bytes, workspace_bytes
 from quant.config import ModelConfig
 from quant.errors import ContextError, UsageError
-from quant.inventory import Inventory, TensorSpec, cache_bytes
-from quant.packed import PACKED_FORMATS, ExpertRecord, reads_heads
-from quant.recipes import DEFAULT_RECIPE, RECIPES, representations, stored_bytes
+from quant.inventory import CacheFormat, Inventory, cache_bytes
+from quant.packed import PACKED_FORMATS
 
 DEFAULT_CONTEXT = 32768
-PREFILL_CHUNKS = (512, 256, 128)  # tokens; the smaller ones where GPU memory is short
-CUDA_RESERVE = 3 * 2**28  # bytes; context, libraries' handles and kernels
-CONTEXT_STEP = 1024  # advice on the context comes in these steps
+PREFILL_CHUNKS = (128, 256, 512, 1024, 2048, 4096)  # tokens
+WORTH = 1.05  # a larger chunk is taken if it makes prefill so many times as fast
+CUDA_CONTEXT = 3 * 2**28  # bytes; libraries' handles and kernels among them
+ALLOCATOR_RESERVE = 2**28  # bytes; rounding, and gaps that blocks of other sizes leave
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+DTYPE_CACHES: dict[str, CacheFormat] = {"bfloat16": "bfloat16", "float32": "float32"}
 
-# Where memory is short, these take their smallest representation, one group after the other.
+# Where memory is short, these take their smaller form, one group after the other: the least harmful first. 8 bits with
+# a scale for 128 latents change a cache by 0.6 % of its values' size, 4 bits a matrix by 7 to 11 %.
 LADDER: tuple[tuple[PlanComponent, ...], ...] = (("dense", "shared_expert"), ("attention",), ("kv_b",), ("head",))
-GPU_COMPONENTS = frozenset({"attention", "kv_b", "dense", "shared_expert", "norm", "router", "head"})
-# The runtime holds these in float32 whatever a checkpoint does, and so `kv_b` in RAM unless it is packed as attention
-# reads it.
-FLOAT32_COMPONENTS = ("norm", "router")
-
-# Representations that may be chosen for a tensor, the most exact one first.
-Available = Callable[[TensorSpec], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What a plan may take and must hold. gpu_mem, ram: bytes. context: tokens. dtype: of activations and cache.
+class Level:
+    """A quality: the form of the cache, and the components that take their smallest form."""
 
-    residency: of routed experts. nodes: NUMA nodes to split them over if they are copied.
-    """
-
-    device: Device
-    gpu_mem: int
-    ram: int
-    context: int
-    dtype: str = "bfloat16"
-    residency: RamResidency = "mapped"
-    nodes: int = 1
+    cache: CacheFormat
+    reduced: tuple[PlanComponent, ...]
 
 
-def make_plan(inventory: Inventory, available: Available, budget: Budget, notes: Sequence[str] = ()) -> Plan:
-    """Where everything goes. Raises PlanError, which says how much is short and what would fit."""
-    for plan in _drafts(inventory, available, budget, tuple(notes)):
-        if _fits(plan):
-            return plan
-    raise PlanError(_explain(plan, inventory, budget))
+@dataclass(frozen=True)
+class Planning:
+    """What a plan is made from. machine: whose speed is predicted. usage: how often experts are used, if known."""
+
+    inventory: Inventory
+    available: Available
+    budget: Budget
+    machine: Machine
+    pins: tuple[Pin, ...] = ()
+    usage: Usage | None = None
+    notes: tuple[str, ...] = ()
+    model: str = ""
+    parts: Parts = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", Parts(self.inventory, self.available, self.budget, self.pins))
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.inventory.config
+
+    @property
+    def unpinned(self) -> tuple[Part, ...]:
+        """The parts, whatever the pins say."""
+        return Parts(self.inventory, self.available, self.budget).all
+
+    @cached_property
+    def costs(self) -> Costs:
+        return Costs(self.config, self.machine)
+
+    def levels(self) -> list[Level]:
+        """Qualities to try, the best one first."""
+        exact = DTYPE_CACHES[self.budget.dtype]
+        caches = [pinned_cache(self.pins) or exact]
+        if caches[0] == "bfloat16" and pinned_cache(self.pins) is None and self._int8_saves:
+            caches.append("int8")
+        levels = [Level(cache, ()) for cache in caches]
+        reduced: tuple[PlanComponent, ...] = ()
+        for components in LADDER:
+            reduced += components
+            levels.append(Level(caches[-1], reduced))
+        return levels
+
+    @cached_property
+    def _int8_saves(self) -> bool:
+        """Whether a cache in 8 bits makes the smallest plan smaller: not where unpacking takes more than it saves."""
+        if not _takes_int8(self.config):
+            return False
+        chunk = min(PREFILL_CHUNKS[0], self.budget.context)
+        exact, packed = draft(self, Level("bfloat16", ()), chunk), draft(self, Level("int8", ()), chunk)
+        return packed.gpu_bytes + packed.ram_bytes < exact.gpu_bytes + exact.ram_bytes
+
+    @cached_property
+    def chunks(self) -> list[int]:
+        """Chunks to try, the fastest one first: from the smallest on, each that is worth its memory by predicted speed.
+
+        No budget counts here, so more memory cannot change the order.
+        """
+        if (pinned := pinned_chunk(self.pins)) is not None:
+            return [min(pinned, self.budget.context)]
+        best, *_ = self.levels()
+        order: list[int] = []
+        speed = 0.0
+        for chunk in dict.fromkeys(min(chunk, self.budget.context) for chunk in PREFILL_CHUNKS):
+            predicted = self.costs.chunk_tok_s(draft(self, best, chunk))
+            if not order or predicted >= WORTH * speed:
+                order.append(chunk)
+                speed = predicted
+        return order[::-1]
+
+    def drafts(self) -> Iterator[tuple[Level, Plan]]:
+        """Plans to try, the best one first; the last one is the smallest."""
+        for level in self.levels():
+            for chunk in self.chunks:
+                yield level, draft(self, level, chunk)
+
+
+def make_plan(planning: Planning) -> Plan:
+    """The best plan that fits. Raises PlanError, which says how much is short and what would fit."""
+    if planning.budget.device == "cpu" and any(part.tier == "gpu" for part in planning.parts.all):
+        raise PlanError("--pin puts experts on a GPU, and this plan has none; give --gpu-mem, or leave the pin out")
+    found, smallest = find_plan(planning)
+    if found is None:
+        raise PlanError(Shortages(planning, smallest, find_plan).text())
+    return found
+
+
+def find_plan(planning: Planning) -> tuple[Plan | None, Plan]:
+    """The best plan that fits, if there is one, and the last that was tried."""
+    tried: dict[Level, Plan] = {}  # of each level the smallest one
+    for level, plan in planning.drafts():
+        filled = place_experts(plan, planning.parts.all, planning.usage, _room(planning, plan))
+        counted = recount(planning.config, filled)
+        if fits(counted):
+            return replace(counted, reasons=tuple(_reasons(planning, level, counted, tried))), counted
+        tried[level] = counted
+    return None, counted
+
+
+def draft(planning: Planning, level: Level, chunk: int) -> Plan:
+    """A plan of some quality and chunk, with no experts on the GPU but pinned ones."""
+    budget = planning.budget
+    plan = replace(
+        empty_plan(planning),
+        prefill_chunk=chunk,
+        cache_format=level.cache,
+        placements=tuple(part.placed(level.reduced) for part in planning.parts.all),
+        nodes=budget.nodes if budget.residency == "copied" else 1,
+    )
+    return recount(planning.config, plan)
+
+
+def empty_plan(planning: Planning) -> Plan:
+    """A plan without any placement, for one token at a time."""
+    budget, config = planning.budget, planning.config
+    on_gpu = budget.device != "cpu"
+    return Plan(
+        model=planning.model,
+        device=budget.device,
+        gpu_budget=budget.gpu_mem,
+        ram_budget=budget.ram,
+        n_layers=config.n_layers,
+        context=budget.context,
+        prefill_chunk=1,
+        dtype=budget.dtype,
+        cache_format=DTYPE_CACHES[budget.dtype],
+        cache_bytes=0,
+        workspace_bytes=0,
+        context_bytes=CUDA_CONTEXT if on_gpu else 0,
+        allocator_bytes=ALLOCATOR_RESERVE if on_gpu else 0,
+        host_bytes=0,
+        decode_ram_bytes=0,
+        transfers=None,
+        placements=(),
+        notes=planning.notes,
+    )
+
+
+def recount(config: ModelConfig, plan: Plan) -> Plan:
+    """The plan with all that follows from its placements, cache, chunk and context counted anew."""
+    return replace(
+        plan,
+        cache_bytes=cache_bytes(config, plan.context, plan.cache_format),
+        workspace_bytes=workspace_bytes(config, plan),
+        host_bytes=host_bytes(config, plan.prefill_chunk),
+        decode_ram_bytes=_decode_ram_bytes(config, plan.placements),
+        transfers=_transfers(config, plan) if plan.on_gpu else None,
+    )
+
+
+def fits(plan: Plan) -> bool:
+    """Whether a plan keeps to its budgets."""
+    return plan.ram_bytes <= plan.ram_budget and (not plan.on_gpu or plan.gpu_bytes <= plan.gpu_budget)
 
 
 def choose_context(asked: int | None, maximum: int, notes: list[str]) -> int:
@@ -91,7 +224,7 @@ def choose_residency(
 
     node_bytes: what each node has left. Raises UsageError for an unknown name, PlanError for what cannot be.
     """
-    residency, forms = _parse_residency(asked), _expert_forms(inventory, available)
+    residency, forms = _parse_residency(asked), expert_forms(inventory, available)
     if any(form.representation not in PACKED_FORMATS for form in forms):
         if residency in (None, "mapped"):
             return "mapped"
@@ -99,7 +232,7 @@ def choose_residency(
             f"only a store's experts can be {residency}, and these are {forms[0].representation} as they were "
             "published; make a store with `dsr1 quantize`, or leave --residency out"
         )
-    share, left = ceil(sum(form.nbytes for form in forms) / len(node_bytes)), min(node_bytes)
+    share, left = -(-sum(form.nbytes for form in forms) // len(node_bytes)), min(node_bytes)
     is_split = len(node_bytes) > 1 and residency in (None, "copied")
     if not is_split or left >= share:
         return residency or ("copied" if is_split else "mapped")
@@ -120,127 +253,23 @@ def _parse_residency(asked: str | None) -> RamResidency | None:
     raise UsageError(f"there is no residency {asked!r}; give one of {', '.join(RAM_RESIDENCIES)}")
 
 
-@dataclass(frozen=True)
-class _Form:
-    representation: str
-    nbytes: int
+def _takes_int8(config: ModelConfig) -> bool:
+    """Whether the scales behind a token's latents lie as float32 must: every known model's do."""
+    return config.kv_lora_rank % 4 == 0
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One component of one layer, before its representation is chosen."""
-
-    layer: int | None
-    component: PlanComponent
-    experts: tuple[int, int] | None
-    tier: Tier
-    residency: Residency
-    exact: _Form
-    smallest: _Form
-
-    def placed(self, reduced: Sequence[PlanComponent]) -> Placement:
-        form = self.smallest if self.component in reduced else self.exact
-        key = (self.layer, self.component, self.experts)
-        return Placement(*key, self.tier, form.representation, self.residency, form.nbytes)
-
-
-def _parts(inventory: Inventory, available: Available, budget: Budget) -> Iterator[_Part]:
-    """The components of all layers, in the order in which a token meets them."""
-    groups: dict[tuple[int | None, PlanComponent], list[TensorSpec]] = {}
-    for spec in inventory.tensors:
-        groups.setdefault((spec.layer, planned_component(spec)), []).append(spec)
-    for (layer, component), specs in groups.items():
-        is_mtp = layer in inventory.mtp_layers
-        tier = _tier(component, budget.device, is_mtp)
-        choices = [available(spec) for spec in specs]
-        exact, smallest = (_form(inventory.config, specs, [choice[pick] for choice in choices]) for pick in (0, -1))
-        residency: Residency = "gpu" if tier == "gpu" else "mapped"
-        if component == "routed_expert" and not is_mtp:  # nobody runs those of MTP layers yet
-            residency = budget.residency
-        if component == "kv_b" and tier == "ram" and _reads_heads(inventory.config, exact):
-            smallest = smallest if _reads_heads(inventory.config, smallest) else exact
-        elif component in FLOAT32_COMPONENTS or component == "kv_b" and tier == "ram":
-            if tier == "ram" and exact.representation != "f32":
-                residency = "copied"
-            exact = smallest = _form(inventory.config, specs, ["f32"] * len(specs))
-        elif tier == "ram" and budget.device != "cpu":
-            smallest = exact  # it is the GPU that is short, if anything
-        experts = (0, inventory.config.n_routed_experts) if component == "routed_expert" else None
-        yield _Part(layer, component, experts, tier, residency, exact, smallest)
-
-
-def _reads_heads(config: ModelConfig, form: _Form) -> bool:
-    return reads_heads(form.representation, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank)
-
-
-def _expert_forms(inventory: Inventory, available: Available) -> list[_Form]:
-    """The routed experts of each layer but the MTP layers."""
-    layers: dict[int | None, list[TensorSpec]] = {}
-    for spec in inventory.by_component["routed_expert"]:
-        if spec.layer not in inventory.mtp_layers:
-            layers.setdefault(spec.layer, []).append(spec)
-    return [_form(inventory.config, specs, [available(spec)[0] for spec in specs]) for specs in layers.values()]
-
-
-def _tier(component: PlanComponent, device: Device, is_mtp: bool) -> Tier:
-    return "gpu" if device != "cpu" and component in GPU_COMPONENTS and not is_mtp else "ram"
-
-
-def _form(config: ModelConfig, specs: Sequence[TensorSpec], chosen: Sequence[str]) -> _Form:
-    """The tensors `specs` of a component in their `chosen` representations; packed experts are whole records."""
-    name = "+".join(dict.fromkeys(chosen))
-    if specs[0].component == "routed_expert" and name in PACKED_FORMATS:
-        record = ExpertRecord(PACKED_FORMATS[name], config.dim, config.moe_inter_dim)
-        return _Form(name, config.n_routed_experts * record.nbytes)
-    return _Form(name, sum(stored_bytes(one, spec.shape) for spec, one in zip(specs, chosen, strict=True)))
-
-
-def _drafts(inventory: Inventory, available: Available, budget: Budget, notes: tuple[str, ...] = ()) -> Iterator[Plan]:
-    """Plans to try: from the most exact to the smallest."""
-    config, parts = inventory.config, list(_parts(inventory, available, budget))
-    chunk, *smaller = dict.fromkeys(min(chunk, budget.context) for chunk in PREFILL_CHUNKS)
-    reduced: tuple[PlanComponent, ...] = ()
-    yield _draft(config, parts, budget, reduced, chunk, notes)
-    for components in LADDER:
-        reduced += components
-        yield _draft(config, parts, budget, reduced, chunk, notes)
-    for chunk in smaller:
-        yield _draft(config, parts, budget, reduced, chunk, notes)
-
-
-def _draft(
-    config: ModelConfig,
-    parts: Sequence[_Part],
-    budget: Budget,
-    reduced: Sequence[PlanComponent],
-    chunk: int,
-    notes: tuple[str, ...],
-) -> Plan:
-    placements = tuple(part.placed(reduced) for part in parts)
-    size = DTYPE_BYTES[budget.dtype]
-    return Plan(
-        device=budget.device,
-        gpu_budget=budget.gpu_mem,
-        ram_budget=budget.ram,
-        n_layers=config.n_layers,
-        context=budget.context,
-        prefill_chunk=chunk,
-        cache_dtype=budget.dtype,
-        cache_bytes=cache_bytes(config, budget.context, size),
-        workspace_bytes=workspace_bytes(config, chunk, size),
-        reserve_bytes=0 if budget.device == "cpu" else CUDA_RESERVE,
-        host_bytes=host_bytes(config, chunk),
-        decode_ram_bytes=_decode_ram_bytes(config, placements),
-        placements=placements,
-        notes=notes,
-        nodes=budget.nodes if budget.residency == "copied" else 1,
-    )
+def _room(planning: Planning, plan: Plan) -> int:
+    """Bytes of the GPU that routed experts may take; less than 0 if the rest does not fit."""
+    if not plan.on_gpu:
+        return 0
+    extra = 0 if plan.gpu_experts() else device_expert_bytes(planning.config, plan)
+    return plan.gpu_budget - plan.gpu_bytes - extra
 
 
 def _decode_ram_bytes(config: ModelConfig, placements: Sequence[Placement]) -> int:
     """Bytes of weights in RAM that one token reads: its experts, and what else stands there but a row of the embedding.
 
-    MTP layers are left out.
+    MTP layers are left out. Experts count as if all were used as often.
     """
     total = 0
     for placement in placements:
@@ -254,59 +283,60 @@ def _decode_ram_bytes(config: ModelConfig, placements: Sequence[Placement]) -> i
     return total
 
 
-def _fits(plan: Plan) -> bool:
-    return plan.ram_bytes <= plan.ram_budget and (not plan.on_gpu or plan.gpu_bytes <= plan.gpu_budget)
+def _transfers(config: ModelConfig, plan: Plan) -> Transfers:
+    """x (float32), ids (int64) and router weights (float32) of experts go down, their sums (float32) come up."""
+    layers = {p.layer for p in plan.placements if p.component == "routed_expert" and p.tier == "ram"}
+    count = sum(1 for layer in layers if layer is not None and layer < config.n_layers)
+    down = count * (4 * config.dim + 12 * config.n_activated_experts)
+    embedded = config.dim * DTYPE_BYTES[plan.dtype]
+    return Transfers(down, embedded + count * 4 * config.dim, 4 * config.vocab_size)
 
 
-@dataclass(frozen=True)
-class _Shortage:
-    """A memory that is too small for the smallest plan."""
-
-    what: str
-    option: str
-    needed: int
-    budget: int
-    cache_bytes_per_token: float  # 0 where the cache is elsewhere
-
-    @property
-    def missing(self) -> int:
-        return self.needed - self.budget
-
-    def sentence(self) -> str:
-        return (
-            f"{self.what} takes {format_size(self.needed)} and {self.option} is {format_size(self.budget)}: "
-            f"{format_size(self.missing)} short"
+def _reasons(planning: Planning, level: Level, plan: Plan, tried: Mapping[Level, Plan]) -> Iterator[str]:
+    """A sentence for each choice."""
+    yield _quality_reason(planning, level, tried)
+    order = planning.chunks
+    speed = planning.costs.prefill_tok_s(plan)
+    if pinned_chunk(planning.pins) is not None:
+        yield f"Prefill goes in chunks of {plan.prefill_chunk} tokens, as --pin says."
+    elif plan.prefill_chunk == order[0]:
+        yield (
+            f"Prefill goes in chunks of {plan.prefill_chunk} tokens ({speed:,.0f} tokens/s predicted): larger ones "
+            f"would not make it {WORTH - 1:.0%} faster, or are longer than the context."
         )
-
-    def context_that_fits(self, context: int) -> int:
-        """Tokens, whole steps; 0 if no context helps."""
-        if not self.cache_bytes_per_token:
-            return 0
-        return max(0, int(context - self.missing / self.cache_bytes_per_token) // CONTEXT_STEP * CONTEXT_STEP)
-
-
-def _explain(smallest: Plan, inventory: Inventory, budget: Budget) -> str:
-    """What is short and what would fit, for a model of which not even the `smallest` plan does."""
-    shortages, advice = _shortages(smallest), []
-    if context := min(shortage.context_that_fits(budget.context) for shortage in shortages):
-        advice.append(f"--context {context} fits")
-    recipe = RECIPES[DEFAULT_RECIPE]
-    *_, store = _drafts(inventory, lambda spec: representations(spec, recipe), budget)
-    if _fits(store):
-        advice.append("the 4-bit store that `dsr1 quantize` makes of the published checkpoint fits")
-    needs = " and ".join(f"{shortage.option} {ceil(shortage.needed / 2**30)}G" for shortage in shortages)
-    advice.append(f"as it is, it needs {needs}" if advice else f"it needs {needs}")
-    return "; ".join([shortage.sentence() for shortage in shortages] + advice)
+    else:
+        yield (
+            f"Prefill goes in chunks of {plan.prefill_chunk} tokens ({speed:,.0f} tokens/s predicted); of "
+            f"{order[0]}, which would be faster, the workspace does not fit."
+        )
+    yield from _expert_reasons(planning, plan)
 
 
-def _shortages(plan: Plan) -> list[_Shortage]:
-    per_token = plan.cache_bytes / plan.context
-    gpu = _Shortage("the GPU part at its smallest", "--gpu-mem", plan.gpu_bytes, plan.gpu_budget, per_token)
-    ram_per_token = 0.0 if plan.on_gpu else per_token
-    ram = _Shortage(_ram_part(plan), "--ram", plan.ram_bytes, plan.ram_budget, ram_per_token)
-    return [shortage for shortage in ([gpu, ram] if plan.on_gpu else [ram]) if shortage.missing > 0]
+def _quality_reason(planning: Planning, level: Level, tried: Mapping[Level, Plan]) -> str:
+    best = planning.levels()[0]
+    if level == best:
+        return "Everything that is not a routed expert is as exact as the model has it, because that fits."
+    lower = ["the cache (8 bits)"] if level.cache != best.cache else []
+    lower += [name.replace("_expert", " experts").replace("dense", "dense layers") for name in level.reduced]
+    [*_, before] = [plan for other, plan in tried.items() if other != level]
+    short = before.gpu_bytes - before.gpu_budget if before.on_gpu else before.ram_bytes - before.ram_budget
+    return (
+        f"Smaller forms, the least harmful first: {', '.join(lower)}. With one step less, "
+        f"{format_size(max(0, short))} would be missing."
+    )
 
 
-def _ram_part(plan: Plan) -> str:
-    experts = sum(placement.nbytes for placement in plan.placements if placement.component == "routed_expert")
-    return f"what stays in RAM ({format_size(experts)} of it routed experts)"
+def _expert_reasons(planning: Planning, plan: Plan) -> Iterator[str]:
+    if not plan.on_gpu:
+        return
+    if count := plan.gpu_experts():
+        how = (
+            "the most used ones of the profile"
+            if planning.usage
+            else "layer by layer, as no profile tells of their use"
+        )
+        yield f"{count:,} routed experts fill what is left of the GPU, {how}."
+    elif any(part.movable for part in planning.parts.all):
+        yield "No routed experts are on the GPU: what is left does not hold one and what it needs to run there."
+    if plan.nodes > 1:
+        yield f"Experts are copied, because mapped files cannot be placed on the {plan.nodes} NUMA nodes."

@@ -10,7 +10,9 @@ Shapes: T tokens of a chunk, S cached tokens of a block, H heads, C = kv_lora, D
 import os
 from dataclasses import dataclass
 
+from offload.plan import Plan
 from quant.config import ModelConfig
+from quant.inventory import CacheFormat
 from quant.packed import BLOCK_K
 
 # The numbers of hybrid_rt/latent_attention.py, which the planner cannot import; a test compares them.
@@ -28,15 +30,28 @@ THREAD_SCRATCH = 2**16  # and for what the thread unpacks
 THREADS = max(64, os.cpu_count() or 1)  # threads whose scratch is set aside
 
 
-def workspace_bytes(config: ModelConfig, chunk: int, activation_bytes: int = 2) -> int:
-    """Bytes of temporaries of forward passes of up to `chunk` tokens, and of the logits of one token.
+def workspace_bytes(config: ModelConfig, plan: Plan) -> int:
+    """Bytes of temporaries of a plan's forward passes, and of the logits of one token.
 
-    activation_bytes: of one value of the residual stream. `wkv_b` counts, in float32, for the layer that is computed.
+    `wkv_b` counts, in float32, for the layer that is computed.
     """
-    lengths = (chunk, min(chunk, ABSORBED_UP_TO))  # the two forms of attention
-    passes = [_Pass(config, tokens, activation_bytes).peak for tokens in lengths]
-    logits = config.vocab_size * (activation_bytes + F32)
-    return max(*passes, logits) + SMALL_TENSORS
+    return _workspace(config, plan, plan.gpu_experts() > 0)
+
+
+def device_expert_bytes(config: ModelConfig, plan: Plan) -> int:
+    """Bytes of workspace that the first experts on a GPU add to a plan that has none there."""
+    return _workspace(config, plan, True) - _workspace(config, plan, False)
+
+
+def _workspace(config: ModelConfig, plan: Plan, has_experts: bool) -> int:
+    act = F32 if plan.dtype == "float32" else 2
+    lengths = (plan.prefill_chunk, min(plan.prefill_chunk, ABSORBED_UP_TO))  # the two forms of attention
+    passes = [_Pass(config, tokens, act, plan.cache_format, has_experts).peak for tokens in lengths]
+    logits = config.vocab_size * (act + F32)
+    unpacked = 0
+    if not plan.on_gpu and plan.cache_format == "int8":  # the CPU unpacks a layer's rows as a whole
+        unpacked = plan.context * config.latent_dim * 2 * F32
+    return max(*passes, logits) + SMALL_TENSORS + unpacked
 
 
 def host_bytes(config: ModelConfig, chunk: int) -> int:
@@ -72,11 +87,13 @@ def _whole_blocks(columns: int) -> int:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass of `tokens` tokens. `act`: bytes of an activation."""
+    """One forward pass of `tokens` tokens. act: bytes of an activation. has_experts: whether the device has some."""
 
     config: ModelConfig
     tokens: int
     act: int
+    cache: CacheFormat
+    has_experts: bool
 
     @property
     def peak(self) -> int:
@@ -120,8 +137,12 @@ class _Pass:
         return max(q_latent + 3 * queries, kept + max(scores, 2 * weighted))
 
     def _small(self, block: int) -> int:
-        """The latents of two rounds (of a float32 cache they are views), rows' maxima and totals, and the mask."""
-        latents = 0 if self.act == F32 else 2 * block * self.config.latent_dim * F32
+        """The latents of two rounds (of a float32 cache they are views), rows' maxima and totals, and the mask.
+
+        Unpacking latents of 8 bits takes spread scales, the product and the result beside those of the last round.
+        """
+        rounds = {"float32": 0, "bfloat16": 2, "int8": 4}[self.cache]
+        latents = rounds * block * self.config.latent_dim * F32
         return latents + 8 * self.config.n_heads * self.tokens * F32 + self.tokens * block
 
     @property
@@ -131,8 +152,10 @@ class _Pass:
         dense = self._mlp(config.inter_dim) if config.n_dense_layers else 0
         gate = row * F32 + 6 * self.tokens * config.n_routed_experts * F32
         shared = self._mlp(config.n_shared_experts * config.moe_inter_dim)
-        sync = row * F32 + 3 * row * self.act
+        sync = row * F32 + 3 * row * self.act + (row * F32 if self.has_experts else 0)
         submitted = row * F32 + 12 * self.tokens * config.n_activated_experts
+        if self.has_experts:  # their sum, and what they and the CPU get
+            submitted += row * F32 + 36 * self.tokens * config.n_activated_experts
         mixture = max(gate, submitted + max(shared, sync)) if config.n_moe_layers else 0
         return row * self.act + max(dense, mixture)
 

@@ -94,12 +94,23 @@ class Inventory:
         return sum(spec.parameters for spec in self.by_layer[layer])
 
 
-def cache_bytes(config: ModelConfig, tokens: int, bytes_per_value: float) -> int:
-    """Bytes of the latent cache: one latent and one shared rope key for each token and layer, rounded up.
+CacheFormat = Literal["bfloat16", "float32", "int8"]
+INT8_GROUP = 128  # latents that share a scale
 
-    `bytes_per_value` may count a share of scales: 656 / 576 for 8-bit latents. MTP layers are left out.
+
+def cache_row_bytes(config: ModelConfig, fmt: CacheFormat) -> int:
+    """Bytes of one token in one layer of the latent cache: its latent and its rope key.
+
+    "int8": latents of 8 bits with a float32 scale for each 128 of them, and the rope key in bfloat16; 656 bytes in R1.
     """
-    return ceil(tokens * config.n_layers * config.latent_dim * bytes_per_value)
+    if fmt != "int8":
+        return config.latent_dim * (2 if fmt == "bfloat16" else 4)
+    return config.kv_lora_rank + 4 * ceil(config.kv_lora_rank / INT8_GROUP) + 2 * config.qk_rope_head_dim
+
+
+def cache_bytes(config: ModelConfig, tokens: int, fmt: CacheFormat) -> int:
+    """Bytes of the latent cache. MTP layers are left out."""
+    return tokens * config.n_layers * cache_row_bytes(config, fmt)
 
 
 class _Row(NamedTuple):

@@ -14,8 +14,9 @@ from quant.conversion import CODES, VALUE_COST, as_float32
 from quant.kernels import absorbed, decompressed, elementwise, norm, packed_heads, rope, router
 from quant.kernels.jit import Kernel
 from quant.kernels.threads import parts_for
+from quant.latents import unpack_latents
 from quant.packed import BLOCK_K, HEAD_FORMATS, TILE_ROWS
-from quant.tape import call, empty, scratch
+from quant.tape import call, empty, leave_to_torch, scratch
 
 LATENTS_TOGETHER = 512  # that become keys and values at a time
 
@@ -106,8 +107,9 @@ def _by_value(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
 
 
 def copy_rows(target: Tensor, source: Tensor) -> None:
-    """target [T, columns] = source, contiguous, both of one dtype, float32 or bfloat16."""
-    _code(target, 2)
+    """target [T, columns] = source, contiguous, both of one dtype: float32, bfloat16 or uint8."""
+    if target.dtype != torch.uint8:
+        _code(target, 2)
     if target.shape != source.shape or target.dtype != source.dtype or not source.is_contiguous():
         raise ValueError(f"{source.dtype} {tuple(source.shape)} does not fit {target.dtype} {tuple(target.shape)}")
     sizes = (source.shape[0], source.shape[1] * source.itemsize, target.stride(0) * target.itemsize)
@@ -173,12 +175,23 @@ def _query_strides(q_nope: Tensor, q_pe: Tensor) -> tuple[int, ...]:
     return tuple(queries.stride(dim) * queries.itemsize for queries in (q_nope, q_pe) for dim in (0, 1))
 
 
+def _unpacked(cached: Tensor, wkv_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A layer's cached tokens as kernels read them: those in 8 bits in `dtype`."""
+    if cached.dtype != torch.uint8:
+        return cached
+    leave_to_torch("an 8-bit cache")
+    lora = wkv_b.shape[2] * BLOCK_K if wkv_b.dtype == torch.uint8 else wkv_b.shape[2]
+    return unpack_latents(cached, lora, dtype)
+
+
 def attend_absorbed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor, scale: float) -> Tensor:
     """q_nope [T, H, nope], q_pe [T, H, rope] and cached [N, C + rope] of one dtype, float32 or bfloat16.
 
+    cached may also be uint8 [N, bytes of a row], of 8 bits (quant/latents.py); it is unpacked as a whole.
     wkv_b: [H, nope + v, C] of float32 or bfloat16; or packed, uint8 [H, tiles, blocks, bytes of a block].
     Returns [T, H, v] in q_nope's dtype.
     """
+    cached = _unpacked(cached, wkv_b, q_nope.dtype)
     sizes, code, wkv_code = _check_attention(q_nope, q_pe, cached, wkv_b)
     tokens, seen, heads, nope, rope, value, lora = sizes
     out = empty(tokens, heads, value, dtype=q_nope.dtype)
@@ -193,6 +206,7 @@ def attend_absorbed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor,
 
 def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Tensor, scale: float) -> Tensor:
     """As attend_absorbed, for many queries."""
+    cached = _unpacked(cached, wkv_b, q_nope.dtype)
     sizes, code, _ = _check_attention(q_nope, q_pe, cached, wkv_b)
     tokens, seen, heads, nope, rope, value, lora = sizes
     out = empty(tokens, heads, value, dtype=q_nope.dtype)

@@ -161,7 +161,7 @@ class MoeCall(NamedTuple):
     """
 
     x: Tensor  # float32 [T, dim]
-    topk_ids: Tensor  # int64 [T, K]
+    topk_ids: Tensor  # int64 [T, K]; -1 for a pair that is left out
     topk_weights: Tensor  # float32 [T, K]
     table: Tensor  # int64 [E, 6]: addresses of w1, w3, w2 and of their scales; packed: [E, 3], w1, w3, w2
     inter_dim: int
@@ -253,7 +253,7 @@ def _run_moe(kernel: MoeKernel, layer: MoeCall) -> None:
     buffers = (layer.x, layer.topk_ids, layer.topk_weights, layer.table, layer.out, layer.order, layer.scratch)
     sizes = (tokens, top_k, experts, dim, inter, kernel.codes[layer.stored], *kernel.more(layer))
     if not call(kernel.run, (*(buffer.data_ptr() for buffer in buffers), *sizes), parts):
-        raise IndexError(f"topk_ids holds an expert outside 0 .. {experts - 1}")
+        raise IndexError(f"topk_ids holds an expert outside -1 .. {experts - 1}")
 
 
 _library.impl("linear", _linear_cpu, "CPU")

@@ -22,7 +22,8 @@ from hybrid_rt.rope import Rope, softmax_scale
 from offload.backend import CpuBackend
 from quant import model_ops
 from quant.config import parse_config
-from quant.inventory import Inventory
+from quant.inventory import CacheFormat, Inventory
+from quant.latents import pack_latents, row_bytes, unpack_latents
 from tests.tiny_checkpoint import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,6 +193,47 @@ def test_a_bfloat16_cache_costs_no_more_than_rounding_the_result(attend: Attend)
     np.testing.assert_allclose(ours.float().numpy(), expected, rtol=2**-8, atol=tolerance)
 
 
+def plain_row(latent: np.ndarray, lora: int) -> bytes:
+    """One row of an 8-bit cache, byte by byte as quant/latents.py describes it."""
+    codes, scales = [], []
+    for first in range(0, lora, 128):
+        group = latent[first : min(first + 128, lora)]
+        scale = np.float32(np.abs(group).max()) / np.float32(127)
+        scales.append(scale)
+        codes += [int(np.rint(value / scale)) if scale else 0 for value in group]
+    rope = torch.from_numpy(latent[lora:]).bfloat16().view(torch.int16).numpy()
+    return np.array(codes, np.int8).tobytes() + np.array(scales, "<f4").tobytes() + rope.astype("<i2").tobytes()
+
+
+@settings(max_examples=30)
+@given(lora=st.sampled_from([4, 12, 128, 132, 512]), rope=st.sampled_from([2, 64]), seed=st.integers(0, 2**32))
+def test_rows_of_an_8_bit_cache(lora: int, rope: int, seed: int) -> None:
+    latents = torch.randn(5, lora + rope, generator=torch.Generator().manual_seed(seed))
+    latents[0] = 0
+    latents[1] *= 1e6
+    rows = pack_latents(latents, lora)
+    assert rows.shape == (5, row_bytes(lora, rope)) and row_bytes(512, 64) == 656
+    assert [bytes(row) for row in rows.numpy()] == [plain_row(latent, lora) for latent in latents.numpy()]
+    back = unpack_latents(rows, lora, torch.float32)
+    for first in range(0, lora, 128):
+        group = slice(first, min(first + 128, lora))
+        half = latents[:, group].abs().amax(dim=1, keepdim=True) / 254
+        assert bool(((back - latents)[:, group].abs() <= half * 1.001).all())
+    assert torch.equal(back[:, lora:], latents[:, lora:].bfloat16().float())
+
+
+@BOTH_FORMS
+@settings(max_examples=15, deadline=None)
+@given(sizes=any_sizes(), seed=st.integers(0, 2**32))
+def test_attention_to_an_8_bit_cache_is_attention_to_what_it_holds(attend: Attend, sizes: Sizes, seed: int) -> None:
+    inputs = random_inputs(replace(sizes, lora=4 * sizes.lora, rope=2 * sizes.rope), seed)  # so that scales lie right
+    lora = inputs.wkv_b.shape[2]
+    rows = pack_latents(inputs.cached, lora)
+    held = replace(inputs, cached=unpack_latents(rows, lora, torch.float32))
+    expected, tolerance = plain_attention(held)
+    np.testing.assert_allclose(replace(inputs, cached=rows).run(attend).numpy(), expected, rtol=1e-4, atol=tolerance)
+
+
 class RandomParts:
     """Random weights of the shapes that the inventory tells (`Parts`)."""
 
@@ -226,6 +268,9 @@ QUARTER_OF_R1 = {
 }
 
 
+CACHE_NAMES: dict[torch.dtype, CacheFormat] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
 class Layer:
     """One attention layer with R1's ratios of widths, and a cache whose unused part is NaN."""
 
@@ -234,7 +279,7 @@ class Layer:
         self.config = parse_config(tiny_config(QUARTER_OF_R1))
         self.attention = MLA(self.config, 0, RandomParts(Inventory.of(self.config), dtype))
         self.rope, self.scale, self.dtype = Rope(self.config), softmax_scale(self.config), dtype
-        self.cache = LatentCache(self.config, capacity, dtype, CpuBackend())
+        self.cache = LatentCache(self.config, capacity, CACHE_NAMES[dtype], CpuBackend())
         self.cache.data.fill_(float("nan"))
 
     def fill(self, tokens: int) -> None:

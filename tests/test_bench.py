@@ -23,13 +23,16 @@ from offload.benchmark.layer import ENOUGH_BYTES, BenchLayers, Extent, Turn, cho
 from offload.benchmark.limits import expert_ranges, range_bytes, record_ranges
 from offload.benchmark.measure import Effort, Run, Runs, alternate
 from offload.benchmark.report import Report, Wanted, measure_shape, thread_steps
+from offload.costs import Costs, at_bandwidth
+from offload.machine import load_machine
 from offload.workspace import host_bytes
+from quant import isa
 from quant.config import parse_config
 from quant.errors import Dsr1Error
 from quant.isa import has_tiles
 from quant.kernels import bandwidth, set_threads, thread_count
 from quant.kernels.packed_tiles import PEAK_BYTES, PEAK_OPERATIONS
-from quant.packed import ACCURATE, PACKED_FORMATS, ExpertRecord, PackedFormat
+from quant.packed import ACCURATE, FAST, PACKED_FORMATS, ExpertRecord, PackedFormat
 from quant.packing import decode
 from tests.tiny_checkpoint import TINY
 
@@ -40,7 +43,10 @@ by_name = pytest.mark.parametrize("fmt", PACKED_FORMATS.values(), ids=lambda fmt
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, on a machine that need not be measured first."""
+    machine = replace(load_machine("rtx-4090-ddr5"), cores=1, isa=isa.current())
+    monkeypatch.setattr("cli.bench.measured_machine", lambda: machine)
     before, torch_before = thread_count(), torch.get_num_threads()
     set_threads(1)
     yield
@@ -256,6 +262,10 @@ def test_a_shape_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     fields = json.loads(printed.out)
     assert (fields["shape"], fields["format"], fields["threads"]) == ("nano", "fast", 1)
+    record = 3 * 64 * 256 * FAST.block_bytes // (16 * 128)
+    machine = at_bandwidth(replace(load_machine("rtx-4090-ddr5"), cores=1), 1e9 * fields["read_gb_s"])
+    predicted = Costs(find_shape("nano"), machine).experts("fast", record, 8, 8).seconds
+    assert fields["decode"][0]["predicted_ms"] == pytest.approx(1e3 * predicted)
     assert fields["decode"][0]["tokens"] == 2 and not fields["prefill"] and not fields["scaling"]
     assert "making" in printed.err and "may stay in a cache" in printed.err
 
@@ -288,6 +298,10 @@ def test_a_model_as_json(chat_folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert fields["decode_gb_s"] == pytest.approx(fields["decode_ram_bytes"] * fields["decode_tok_s"] / 1e9)
     assert fields["share"] == pytest.approx(fields["decode_gb_s"] / fields["read_gb_s"])
     assert fields["read_bytes"] == 2 * 16 * 3 * 256 * 128  # all of its experts, in FP8
+    predicted, memory = fields["predicted"], fields["memory"]
+    assert predicted["prefill_tok_s"] > 0 and predicted["decode_tok_s"] > 0 and predicted["decode_limit"]
+    files = sum(file.stat().st_size for file in chat_folder.glob("*.safetensors"))
+    assert memory["mapped"] >= files // 2 and memory["planned"] > 0
     assert "measuring" in printed.err
 
 

@@ -23,10 +23,13 @@ from offload.checks.memory import huge_pages, locked_memory, numa, overcommit, r
 from offload.checks.models import models
 from offload.checks.processor import amx, cores, instruction_sets, processor
 from offload.checks.software import operating_system, packages
+from offload.checks.speeds import kept_speeds
 from offload.doctor import examine
 from offload.hardware import Gpu, GpuMemory, cpu_quota, lockable, memory_limit
+from offload.machine import Machine, load_machine
 from offload.topology import Node, Topology
 from quant.errors import CheckpointError, UsageError
+from quant.packed import ACCURATE
 
 GIB = 2**30
 VNNI = "fpu avx2 avx512bw avx512_vnni avx_vnni"
@@ -232,6 +235,9 @@ def test_measuring_reads_what_there_is_room_for(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bandwidth_module, "_load", lambda: 100.0)
     assert found(bandwidth(64 * 2**20)).verdict == "attention"
     monkeypatch.setattr(bandwidth_module, "_load", lambda: 0.0)
+    monkeypatch.setattr(bandwidth_module, "ONE_CHANNEL", 1e15)
+    assert "one memory channel" in found(bandwidth(64 * 2**20)).remedy
+    monkeypatch.setattr(bandwidth_module, "ONE_CHANNEL", 0)
     check = found(bandwidth(64 * 2**20))
     assert check.verdict == "ok"
     speed, _, rest = check.value.partition(" GB/s, reading 32.0 MiB with ")
@@ -320,6 +326,34 @@ def test_a_limit_of_version_1_bounds_what_dsr1_takes(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     write(tmp_path, {"memory/memory.limit_in_bytes": str(2 * GIB), "memory/memory.stat": MEMORY_STAT})
     assert 0 < hardware.usable_ram() <= GIB  # of less than the reserve, half
+
+
+def test_speeds_that_were_kept_are_told_with_their_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = load_machine("epyc-9355")
+    monkeypatch.setattr("offload.checks.speeds.measured_machine", lambda: None)
+    assert "--measure" in found(kept_speeds()).value
+    monkeypatch.setattr("offload.checks.speeds.measured_machine", lambda: replace(machine, date="2026-02-03"))
+    told = found(kept_speeds()).value
+    assert (
+        told.startswith("of 2026-02-03: memory 522.2 GB/s") and "RTX 4090 (sm 8.9): 1,008 GB/s, PCIe 25 there" in told
+    )
+
+
+def test_a_probe_s_figures_are_of_the_right_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On little memory: kernels of the probe run, and give times that a processor can have."""
+    from offload import probe as probe_module
+
+    monkeypatch.setattr(probe_module, "READ_BYTES", 2**26)
+    monkeypatch.setattr(probe_module, "DIM", 256)
+    monkeypatch.setattr(probe_module, "INTER", 128)
+    monkeypatch.setattr(probe_module, "TOKENS", (1, 8))
+    monkeypatch.setattr(probe_module, "RUNS", 1)
+    monkeypatch.setattr(probe_module, "FORMATS", (ACCURATE,))
+    machine = probe_module.probe(lambda _: None)
+    assert Machine.from_fields(json.loads(machine.to_json()), "probe") == machine
+    assert [tokens for tokens, _ in machine.kernels["accurate"]] == [1, 8]
+    assert all(1 < ns < 1e7 for _, ns in machine.kernels["accurate"])
+    assert 1e8 < machine.read_bytes_s < 1e13 and 1e-8 < machine.call_s < 1 and machine.date
 
 
 def test_a_machine_that_tells_nothing_is_examined_all_the_same(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def peak_of_a_pass(folder: Path, dtype: str, chunk: int) -> tuple[int, Checkpoin
     )
     buffers = ExpertBuffers(config, backend, chunk)
     model = load_transformer(checkpoint, plan, DTYPES[dtype], backend, buffers)
-    cache = LatentCache(config, 4096, DTYPES[dtype], backend)
+    cache = LatentCache(config, 4096, dtype, backend)
     cache.data.normal_()
     for tokens in (chunk, min(chunk, 128)):
         cache.length = 4096 - tokens

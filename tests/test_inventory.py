@@ -68,9 +68,9 @@ def test_groups_hold_every_tensor_once(r1: ModelConfig) -> None:
 
 
 def test_the_latent_cache_of_r1(r1: ModelConfig) -> None:
-    assert cache_bytes(r1, 1, 2) / 2**10 == pytest.approx(68.6, abs=0.05)
-    assert cache_bytes(r1, 131072, 2) / 2**30 == pytest.approx(8.6, abs=0.05)
-    assert cache_bytes(r1, 131072, 656 / 576) / 2**30 == pytest.approx(4.9, abs=0.05)
+    assert cache_bytes(r1, 1, "bfloat16") / 2**10 == pytest.approx(68.6, abs=0.05)
+    assert cache_bytes(r1, 131072, "bfloat16") / 2**30 == pytest.approx(8.6, abs=0.05)
+    assert cache_bytes(r1, 131072, "int8") / 2**30 == pytest.approx(4.9, abs=0.05)
 
 
 def test_r1_takes_less_than_a_second(r1: ModelConfig) -> None:

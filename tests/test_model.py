@@ -196,7 +196,7 @@ def mtp_logits(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
     config, tokens = engine.config, len(ids) - 1
     states = engine.forward(ids, engine.new_cache(len(ids)))
     one_more = replace(config, n_layers=config.n_layers + 1)
-    context = CachedAttention(LatentCache(one_more, tokens, states.dtype, engine.backend), tokens, engine.scale)
+    context = CachedAttention(LatentCache(one_more, tokens, "float32", engine.backend), tokens, engine.scale)
     with torch.inference_mode():
         angles = engine.transformer.rope(context.positions)
         return engine.transformer.mtp[0](states[:-1], ids[1:], angles, context)

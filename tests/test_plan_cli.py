@@ -10,17 +10,39 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
-from cli.plan import find_subject, plan
+from cli.plan import Output, find_subject
+from cli.plan import plan as plan_model
+from offload.machine import load_machine
+from offload.plan import PlanError
 from offload.topology import Node, Topology
+from offload.wishes import Wishes
 from quant.errors import CheckpointError, ConfigError, ContextError, Dsr1Error, StoreError
 from quant.manifest import Manifest
 from quant.recipes import RECIPES, find_recipe
 from tests.tiny_checkpoint import BF16, NO_MTP, tiny_config, write_checkpoint, write_files
 
 R1 = "deepseek-ai/DeepSeek-R1"
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans do not depend on whether the machine that runs the tests was measured."""
+    monkeypatch.setattr("offload.this_machine.measured_machine", lambda: load_machine("rtx-4090-ddr5"))
+
+
+def plan(
+    model: str,
+    recipe: str | None = None,
+    as_json: bool = False,
+    explain: bool = False,
+    save: Path | None = None,
+    **wishes: Any,
+) -> None:
+    plan_model(model, Wishes(**wishes), recipe, Output(as_json, explain, save))
 
 
 def as_json(capsys: pytest.CaptureFixture[str], model: str, **options: object) -> dict:
@@ -52,24 +74,29 @@ def test_the_table_and_the_sums_of_r1(capsys: pytest.CaptureFixture[str]) -> Non
     out = capsys.readouterr().out
     assert f"{R1} as a store of recipe accurate" in out
     rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
-    assert rows["routed experts"][2:] == ["3-60", "accurate", "RAM,", "mapped", "342.6", "GiB"]
+    assert rows["routed experts"][1:5] == ["experts", "3-60", "accurate", "RAM,"]
     assert rows["kv_b"][1:4] == ["0-60", "q8", "GPU"] and rows["head"][1:3] == ["q8", "GPU"]
-    assert re.search(r"GPU: 19\.\d GiB of 24\.0 GiB, 4\.\d GiB free", out)
-    assert re.search(r"RAM: 353\.\d GiB of 384\.0 GiB, 30\.\d GiB free", out)
-    assert "reads 11,494 MB of weights from RAM" in out and "400 GB/s: 34.8" in out
-    assert re.search(r"free; 353\.\d GiB are files, which Linux can drop and read again", out)
+    assert re.search(r"\d+ routed experts +3 +accurate +GPU", out)
+    assert re.search(r"GPU: 2[34]\.\d GiB of 24\.0 GiB", out)
+    assert re.search(r"RAM: 35[0-3]\.\d GiB of 384\.0 GiB, 3\d\.\d GiB free", out)
+    assert re.search(r"A token moves 3\.9 MB over PCIe and reads 11,[34]\d\d MB from RAM", out)
+    assert re.search(r"free; 3[45]\d\.\d GiB are files, which Linux can drop and read again", out)
+    assert re.search(r"Predicted: prefill [\d.,]+ tokens/s .* decode [\d.]+ tokens/s \(limit: reading weights", out)
+    assert "RTX 4090" in out and "not measured" in out and "Prefill goes in chunks" not in out
+    plan(R1, gpu_mem="24G", ram="384G", explain=True)
+    assert "Prefill goes in chunks of" in capsys.readouterr().out
 
 
 def test_where_experts_live_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan(R1, gpu_mem="24G", ram="384G", residency="locked")
-    assert re.search(r"routed experts +3-60 +accurate +RAM, locked +342", capsys.readouterr().out)
+    assert re.search(r"routed experts +3-60 +accurate +RAM, locked +3[34]\d", capsys.readouterr().out)
     node = Node(0, (0,), 2**40, 2**40)
-    monkeypatch.setattr("cli.plan.read_topology", lambda: Topology((node, node)))
+    monkeypatch.setattr("offload.wishes.read_topology", lambda: Topology((node, node)))
     plan(R1, gpu_mem="24G", ram="384G")
     out = capsys.readouterr().out
-    assert re.search(r"routed experts +3-60 +accurate +RAM, copied +342", out)
+    assert re.search(r"routed experts +4-60 +accurate +RAM, copied +336", out)
     assert "split over 2 NUMA nodes" in out
-    assert re.search(r"buffers of the experts +f32 +RAM, copied  ", out) and re.search(r"; 10\.\d GiB are files", out)
+    assert re.search(r"buffers of the experts +f32 +RAM, copied  ", out) and re.search(r"; 1\d\.\d GiB are files", out)
     assert as_json(capsys, R1, gpu_mem="24G", ram="384G")["nodes"] == 2
 
 
@@ -102,7 +129,7 @@ def test_mtp_layers_that_a_checkpoint_leaves_out_are_not_planned(tmp_path: Path)
 
 def test_a_store_folder_is_planned_from_its_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = make_store(tmp_path / "store", "fast")
-    fields = as_json(capsys, str(store), device="emulate", gpu_mem="1G", ram="1G", context=256)
+    fields = as_json(capsys, str(store), device="emulate", gpu_mem="1100M", ram="1G", context=256)
     assert formats(fields, "routed_expert") == {"fast"} and "recipe fast" in fields["as"]
     assert max(p["layer"] or 0 for p in fields["placements"]) == 2  # no MTP layer
     assert find_subject(str(store), find_recipe("fast"))
@@ -135,6 +162,94 @@ def test_models_that_this_version_does_not_run_are_planned_with_a_note(capsys: p
 def test_what_cannot_be_planned(model: str, options: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=re.escape(words)):
         plan(model, **options)
+
+
+def test_another_machine_is_planned_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    fields = as_json(capsys, R1, hardware="xeon-6454s-x2")
+    assert fields["gpu_budget"] == 24 * 2**30 and fields["nodes"] == 2 and fields["device"] == "cuda"
+    assert 900 * 2**30 < fields["ram_budget"] < 1024 * 2**30
+    fast, slow = (
+        as_json(capsys, R1, hardware=name, ram="400G")["prediction"] for name in ("epyc-9355", "rtx-3090-ddr5")
+    )
+    assert fast["decode_tok_s"] > 3 * slow["decode_tok_s"]
+    with pytest.raises(Dsr1Error, match="no machine 'abacus'.*epyc-9355"):
+        plan(R1, hardware="abacus")
+    (tmp_path / "m.json").write_text('{"version": 9}')
+    with pytest.raises(Dsr1Error, match="not a machine of version 1"):
+        plan(R1, hardware=str(tmp_path / "m.json"))
+
+
+@pytest.fixture
+def saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    path = tmp_path / "plan.json"
+    plan(R1, gpu_mem="24G", ram="384G", save=path)
+    capsys.readouterr()
+    return path
+
+
+def test_a_saved_plan_is_the_same_again(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fresh, again = as_json(capsys, R1, gpu_mem="24G", ram="384G"), as_json(capsys, R1, plan=str(saved))
+    for name in ("placements", "gpu_bytes", "ram_bytes", "prefill_chunk", "cache_format", "context", "device"):
+        assert fresh[name] == again[name], name
+    pinned = as_json(capsys, R1, plan=str(saved), pins=("attention=accurate", "experts:60/0-3=gpu", "chunk=256"))
+    attention = {p["representation"] for p in pinned["placements"] if p["component"] == "attention" and p["layer"] < 61}
+    assert attention == {"accurate"} and pinned["prefill_chunk"] == 256
+    assert [60, [0, 4], "gpu"] in [[p["layer"], p["experts"], p["tier"]] for p in pinned["placements"]]
+    shorter = as_json(capsys, R1, plan=str(saved), context=4096)
+    assert shorter["context"] == 4096 and shorter["gpu_bytes"] < fresh["gpu_bytes"]
+
+
+def change(path: Path, **fields: object) -> str:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return str(path)
+
+
+def test_plan_files_that_are_not_for_this_model(saved: Path) -> None:
+    def refused(words: str, model: str = R1, **wishes: object) -> None:
+        with pytest.raises(Dsr1Error, match=words) as error:
+            plan(model, plan=str(saved), **wishes)
+        assert "\n" not in str(error.value)
+
+    refused("another model", "deepseek-ai/DeepSeek-V2")
+    refused("as 'accurate' and is there as fast", recipe="fast")
+    refused("takes 2[34]..* of 16.0 GiB", gpu_mem="16G")
+    refused("163841", context=163841)
+    whole = saved.read_text()
+    placements = json.loads(whole)["placements"]
+    for fields, words in (
+        ({"version": 1}, "version 1, not 2"),
+        ({"placements": placements[1:]}, "not exactly once"),
+        ({"placements": [*placements, placements[0]]}, "not exactly once"),
+        ({"placements": [placements[0] | {"tier": "disk"}, *placements[1:]]}, "on the disk"),
+        ({"placements": [placements[0] | {"tier": "gpu"}, *placements[1:]]}, "cannot be in gpu"),
+        ({"placements": [placements[0] | {"component": "wings"}, *placements[1:]]}, "not exactly once"),
+        ({"placements": ["x"]}, "damaged"),
+        ({"prefill_chunk": -1}, "prefill_chunk"),
+        ({"context": 10**9}, "maximum"),
+        ({"cache_format": "int2"}, "cache_format"),
+        ({"device": "tpu"}, "device"),
+    ):
+        change(saved, **fields)
+        refused(words)
+        saved.write_text(whole)
+    saved.write_text("{" * 100000)
+    refused("is not a plan")
+    saved.unlink()
+    refused("there is no plan")
+
+
+def test_sizes_of_nothing_are_refused() -> None:
+    for wishes, words in (
+        ({"gpu_mem": "0"}, "--gpu-mem is 0"),
+        ({"ram": "0G"}, "--ram is 0G"),
+        ({"gpu_mem": "-5G"}, "not a size"),
+        ({"context": 0}, "too small"),
+        ({"context": -1}, "too small"),
+    ):
+        with pytest.raises(Dsr1Error, match=words):
+            plan(R1, **({"gpu_mem": "24G", "ram": "384G"} | wishes))
+    with pytest.raises(PlanError, match="it needs --gpu-mem 1[01]G"):
+        plan(R1, gpu_mem="2G", ram="384G", context=2048)
 
 
 def test_damaged_folders_are_told(folder: Path) -> None:

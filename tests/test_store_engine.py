@@ -74,9 +74,10 @@ def test_a_store_answers_and_streams(stores: dict[str, Path]) -> None:
 
 def test_an_emulated_gpu_gives_the_same_tokens_within_its_budget(stores: dict[str, Path]) -> None:
     sampling = Sampling(temperature=0, max_new_tokens=8)
-    alone = Engine.load(stores["accurate"], context=200, threads=1)
+    alone = Engine.load(stores["accurate"], context=200, threads=1, pins=["chunk=128"])
     ids = random_ids(alone, 150)
-    emulated = Engine.load(stores["accurate"], gpu_mem="2G", context=200, device="emulate", threads=1)
+    options = {"gpu_mem": "2G", "context": 200, "device": "emulate", "threads": 1}
+    emulated = Engine.load(stores["accurate"], pins=["chunk=128"], **options)
     assert collect(emulated.generate(ids, sampling)).token_ids == collect(alone.generate(ids, sampling)).token_ids
     assert emulated.plan.device == "emulate" and emulated.plan.representation(1, "attention") == "q8"
 
@@ -102,6 +103,49 @@ def test_a_checkpoint_and_a_limit_on_locking_are_told(
     monkeypatch.setattr("offload.memory.lockable", lambda: 4096)
     with pytest.raises(DeviceError, match="memlock"):
         Engine.load(stores["accurate"], residency="locked")
+
+
+def error_of(engine: Engine, other: Engine, ids: list[int]) -> float:
+    logits, expected = engine.logits(ids), other.logits(ids)
+    return ((logits - expected).norm() / expected.norm()).item()
+
+
+def test_experts_on_the_gpu_beside_those_on_the_cpu(stores: dict[str, Path]) -> None:
+    emulated = {"gpu_mem": "2G", "context": 200, "device": "emulate", "threads": 1, "dtype": "float32"}
+    alone = Engine.load(stores["accurate"], pins=["experts=mapped"], **emulated)
+    split = Engine.load(stores["accurate"], pins=["experts:1/3-9=mapped", "experts:2/0=mapped"], **emulated)
+    ids = random_ids(alone, 60)
+    assert [p.tier for p in split.plan.expert_placements(1)] == ["gpu", "ram", "gpu"]
+    assert split.plan.gpu_experts() == 2 * 16 - 8 and alone.plan.gpu_experts() == 0
+    assert counted_weights(split) == split.plan.weight_bytes("gpu")
+    assert error_of(split, alone, ids) < 1e-5  # sums in another order
+    session = split.session()
+    assert torch.equal(session.append(ids[:1]), split.logits(ids[:1])[-1])
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulate"])
+def test_an_8_bit_cache_changes_little(device: str, stores: dict[str, Path]) -> None:
+    options = {"gpu_mem": "2G" if device == "emulate" else None, "context": 300, "device": device, "threads": 1}
+    exact, packed = (Engine.load(stores["q8"], pins=[f"cache={fmt}"], **options) for fmt in ("bfloat16", "int8"))
+    ids = random_ids(exact, 200)
+    assert packed.session().cache.data.dtype == torch.uint8
+    assert 0 < error_of(packed, exact, ids) < 2 * LIMITS["q8"]
+    session = packed.session()
+    session.append(ids[:150])
+    for token in ids[150:160]:  # steps of one token, which would be recorded
+        logits = session.append([token])
+    again = packed.session()
+    error = (again.append(ids[:160]) - logits).norm() / logits.norm()
+    assert error < 2 * LIMITS["q8"] and session.fork().cache.data.shape == session.cache.data.shape
+
+
+def test_a_saved_plan_runs(stores: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    done = dsr1("plan", stores["fast"], "--device", "emulate", "--gpu-mem", "2G", "--context", 100, "--save", path)
+    assert done.returncode == 0, done.stderr
+    engine = Engine.load(stores["fast"], plan=path, pins=["experts:1=mapped"], threads=1)
+    assert engine.plan.device == "emulate" and engine.plan.context == 100 and engine.plan.gpu_experts() == 16
+    assert "another model" in refused(dsr1("run", "nano-r1", "-p", "x", "--plan", path))
 
 
 def counted_weights(engine: Engine) -> int:
@@ -138,8 +182,10 @@ def test_the_largest_prompt_stays_within_the_smallest_budget(context: int, store
 
 
 def test_a_smaller_budget_takes_4_bits_and_then_is_refused(stores: dict[str, Path]) -> None:
-    roomy = Engine.load(stores["accurate"], gpu_mem="2G", context=64, device="emulate", threads=1).plan
-    tight = Engine.load(stores["accurate"], gpu_mem=roomy.gpu_bytes - 1, context=64, device="emulate", threads=1)
+    emulated = {"context": 64, "device": "emulate", "threads": 1}
+    roomy = Engine.load(stores["accurate"], gpu_mem="2G", pins=["experts=mapped"], **emulated).plan
+    tight = Engine.load(stores["accurate"], gpu_mem=roomy.gpu_bytes - 1, **emulated)
+    assert tight.plan.cache_format == "bfloat16"  # of so few tokens, 8 bits would save less than unpacking takes
     assert tight.plan.representation(1, "shared_expert") == "accurate"
     assert counted_weights(tight) == tight.plan.weight_bytes("gpu") < roomy.weight_bytes("gpu")
     tokens = collect(tight.generate([5, 6, 7], Sampling(temperature=0, max_new_tokens=2))).token_ids

@@ -52,7 +52,10 @@ def _tokens(chat: "Chat") -> None:
 
 @command("/bench", "", "measure this model on this machine")
 def bench(chat: "Chat", _argument: str) -> None:
-    from cli.bench import measure_engine, show_engine
+    from cli.bench import measure_speeds
 
     chat.talk.wait()
-    show_engine(measure_engine(chat.model, chat.engine))
+    found = measure_speeds(chat.engine)
+    chat.screen.line(f"prefill {found.prefill_tok_s:,.1f} tokens/s ({found.prefill_tokens} tokens)")
+    tokens = len(found.decode.runs)
+    chat.screen.line(f"decode {1 / found.decode.seconds:,.1f} tokens/s ({tokens} tokens after {found.prompt_tokens})")

@@ -7,6 +7,7 @@ from offload.hardware import allowed_cores
 from offload.sizes import format_size
 
 MEASURED_BYTES = 3 * 2**30  # more than caches hold
+ONE_CHANNEL = 20e9  # bytes a second; DDR4-3200 gives 25.6, DDR5 more
 BUSY_SHARE = 0.25  # of the cores, in use by other programs
 
 
@@ -30,8 +31,15 @@ def bandwidth(usable: int) -> Check:
     how = f"reading {format_size(memory.nbytes)} with {thread_count()} threads"
     value = f"{speed}, {how}; `dsr1 plan` says how much of a model a token reads"
     if not busy:
-        return Check("bandwidth", value)
+        return _judged(value, runs.bytes_s)
     return Check("bandwidth", value, "attention", "other programs keep this machine busy; measure again without them")
+
+
+def _judged(value: str, bytes_s: float) -> Check:
+    if bytes_s >= ONE_CHANNEL:
+        return Check("bandwidth", value)
+    remedy = "so slow is one memory channel: are modules in the slots of the others, too? (`sudo dmidecode -t memory`)"
+    return Check("bandwidth", value, "attention", remedy)
 
 
 def _load() -> float:

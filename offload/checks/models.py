@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from offload.checks.check import Check
+from offload.parts import Available, Budget
 from offload.plan import Plan, PlanError
-from offload.planner import Available, Budget, choose_context, make_plan
+from offload.planner import Planning, choose_context, make_plan
 from offload.sizes import format_size
+from offload.this_machine import machine_for
 from quant.inventory import Inventory
 from quant.recipes import DEFAULT_RECIPE, find_recipe, representations
 from quant.shapes import known_shape
@@ -54,4 +56,4 @@ def _fit(hub_id: str, usable: int) -> Fit | None:
 
 def _plan(inventory: Inventory, available: Available, ram: int) -> Plan:
     context = choose_context(None, inventory.config.max_seq_len, [])
-    return make_plan(inventory, available, Budget(device="cpu", gpu_mem=0, ram=ram, context=context))
+    return make_plan(Planning(inventory, available, Budget("cpu", 0, ram, context), machine_for(None)))

@@ -51,22 +51,28 @@ def _order(layer):  # type: ignore[no-untyped-def]
 
 @inner
 def sort_pairs(layer):  # type: ignore[no-untyped-def]
-    """Counting sort of the pairs by expert; False, with nothing read or written out of bounds, for a wrong id."""
+    """Counting sort of the pairs by expert; False, with nothing read or written out of bounds, for a wrong id.
+
+    Pairs of id -1 are left out: somebody else computes them. What stands for them behind the last pair is pair 0.
+    """
     pairs, order = layer.tokens * layer.top_k, _order(layer)
     ids = integers(layer.ids, (pairs,))
     starts, cursors = order[: layer.experts + 1], order[layer.experts + 1 : 2 * layer.experts + 1]
     starts[:] = 0
     for pair in range(pairs):
-        if ids[pair] < 0 or ids[pair] >= layer.experts:
+        if ids[pair] < -1 or ids[pair] >= layer.experts:
             return False
-        starts[ids[pair] + 1] += 1
+        if ids[pair] >= 0:
+            starts[ids[pair] + 1] += 1
     for expert in range(layer.experts):
         starts[expert + 1] += starts[expert]
         cursors[expert] = starts[expert]
     by_expert = order[2 * layer.experts + 1 : -2]
+    by_expert[starts[layer.experts] :] = 0
     for pair in range(pairs):
-        by_expert[cursors[ids[pair]]] = pair
-        cursors[ids[pair]] += 1
+        if ids[pair] >= 0:
+            by_expert[cursors[ids[pair]]] = pair
+            cursors[ids[pair]] += 1
     order[-2] = 0
     for expert in range(layer.experts):
         if starts[expert] < starts[expert + 1]:

@@ -1,0 +1,268 @@
+"""The cost model: how long a plan's prefill and decoding take on a machine, and what limits them.
+
+Every figure about the machine comes from its description (offload/machine.py), none from a run of the model.
+
+    a matrix on the CPU   its blocks of 16 x 128 weights, each as long as one from memory takes for so many tokens,
+                          shared out over the cores
+    experts on the CPU    the same for each that is touched: E (1 - (1 - K/E)^T) of E, for T tokens of K experts each
+    attention on the CPU  multiplications of the form that runs, by their time; small steps: calls, and values moved
+    on a GPU              the larger of bytes by its bandwidth and operations by its rate, at the shares below
+    a layer with both     the CPU's experts beside the GPU's shared expert and its own experts: the longer one counts
+
+The shares and times of a GPU are assumptions; nothing has been measured on one yet.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from offload.machine import Machine, MachineGpu
+from offload.plan import Placement, Plan
+from offload.workspace import ABSORBED_UP_TO, PREFILL_BLOCK
+from quant.config import ModelConfig
+from quant.inventory import cache_row_bytes
+from quant.packed import BLOCK_K, PACKED_FORMATS, TILE_ROWS
+
+PROMPT = 4096  # tokens of the prompt whose prefill is predicted, if the context holds them
+BLOCK = TILE_ROWS * BLOCK_K
+PLAIN_BLOCK_BYTES = {"bf16": 2 * BLOCK, "f32": 4 * BLOCK, "fp8_block": BLOCK}
+CALLS_A_LAYER = 40  # kernels, conversions of activations among them
+GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.5  # of the data sheet
+GPU_LAUNCHES_A_LAYER, GPU_LAUNCH_S = 25, 3e-6  # in recorded graphs
+HANDOVER_S = 30e-6  # from GPU to CPU and back, for a layer's experts, beside the bytes
+
+READING, COMPUTING, STEPS = "reading weights from RAM", "the processor's arithmetic", "small steps on the processor"
+ATTENTION, GPU_READING, GPU_COMPUTING = "attention on the processor", "the GPU's memory", "the GPU's arithmetic"
+CROSSING = "PCIe and handing over"
+
+
+class Times(dict[str, float]):
+    """Seconds under each of the names above."""
+
+    def add(self, more: "Times") -> None:
+        """What comes after it."""
+        for name, seconds in more.items():
+            self[name] = self.get(name, 0.0) + seconds
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.values())
+
+    @property
+    def limit(self) -> str:
+        """What takes the most."""
+        return max(self, key=self.__getitem__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """prompt: tokens of the prefill that is predicted. position: of the token whose decoding is."""
+
+    prompt: int
+    prefill_tok_s: float
+    prefill_limit: str
+    position: int
+    decode_tok_s: float
+    decode_limit: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one model on one machine."""
+
+    config: ModelConfig
+    machine: Machine
+
+    def predict(self, plan: Plan, prompt: int | None = None, position: int | None = None) -> Prediction:
+        """By default: a prompt of 4096 tokens or half of the context, and the first token after it."""
+        prompt = min(PROMPT, max(1, plan.context // 2)) if prompt is None else prompt
+        position = prompt if position is None else position
+        prefill, decode = self.prefill(plan, prompt), self.forward(plan, 1, position + 1)
+        speeds = prompt / prefill.seconds, 1 / decode.seconds
+        return Prediction(prompt, speeds[0], prefill.limit, position, speeds[1], decode.limit)
+
+    def prefill_tok_s(self, plan: Plan) -> float:
+        """Of the prompt that `predict` takes by default."""
+        prompt = min(PROMPT, max(1, plan.context // 2))
+        return prompt / self.prefill(plan, prompt).seconds
+
+    def chunk_tok_s(self, plan: Plan) -> float:
+        """Of one whole chunk, the last one of the prompt that `predict` takes by default."""
+        seen = max(plan.prefill_chunk, min(PROMPT, max(1, plan.context // 2)))
+        return plan.prefill_chunk / self.forward(plan, plan.prefill_chunk, seen).seconds
+
+    def prefill(self, plan: Plan, prompt: int) -> Times:
+        """All chunks of a prompt, and the logits of its last token."""
+        total, done = Times(), 0
+        while done < prompt:
+            tokens = min(plan.prefill_chunk, prompt - done)
+            done += tokens
+            total = _sum(total, self.forward(plan, tokens, done))
+        return total
+
+    def forward(self, plan: Plan, tokens: int, seen: int) -> Times:
+        """One pass of `tokens` tokens, the last of `seen`, and one token's logits."""
+        total = Times()
+        for (_, count), placements in self._layers(plan).items():
+            one = self._layer(plan, placements, tokens, seen)
+            total = _sum(total, Times({name: count * seconds for name, seconds in one.items()}))
+        head = plan.placement(None, "head")
+        return _sum(total, self._matrix(head, 1))
+
+    def _layers(self, plan: Plan) -> dict[tuple[int, int], list[Placement]]:
+        """Layers that are alike only once: (the first one's number, how many there are)."""
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        by_layer = _by_layer(plan)
+        for layer, placements in by_layer.items():
+            kind = tuple((p.component, p.expert_count, p.tier, p.representation) for p in placements)
+            kinds.setdefault(kind, []).append(layer)
+        return {(layers[0], len(layers)): by_layer[layers[0]] for layers in kinds.values()}
+
+    def _layer(self, plan: Plan, placements: list[Placement], tokens: int, seen: int) -> Times:
+        kv_b = next(p for p in placements if p.component == "kv_b")
+        before, beside, experts = Times(), Times(), Times()
+        for placement in placements:
+            if placement.component == "routed_expert":
+                where = experts if placement.tier == "ram" else beside
+                where.add(self._experts(placement, tokens))
+            elif placement.component == "shared_expert":
+                beside.add(self._matrix(placement, tokens))
+            elif placement.component != "kv_b":
+                before.add(self._matrix(placement, tokens))
+        attention = self._gpu_attention if plan.on_gpu else self._attention
+        before.add(attention(plan, kv_b, tokens, seen))
+        before.add(self._steps(plan, placements, tokens))
+        if not plan.on_gpu:
+            return _sum(before, _sum(beside, experts))
+        if experts:
+            experts.add(self._crossing(tokens))
+        return _sum(before, max(beside, experts, key=lambda times: times.seconds))
+
+    def _matrix(self, placement: Placement, tokens: int) -> Times:
+        """The matrices of a component."""
+        if placement.tier == "gpu":
+            values = BLOCK * placement.nbytes / block_bytes(placement.representation)
+            return self._on_gpu(placement.nbytes, 2 * values * tokens)
+        return self.weights(placement.representation, placement.nbytes, tokens)
+
+    def weights(self, representation: str, nbytes: float, tokens: float) -> Times:
+        """Matrices on the CPU, each used by `tokens` tokens."""
+        name = _costed(representation, self.machine)
+        reading = nbytes / self.machine.read_bytes_s
+        blocks = nbytes / block_bytes(representation)
+        seconds = blocks * self.machine.block_ns(name, tokens) * 1e-9 / self.machine.cores
+        return Times({READING if 2 * reading >= seconds else COMPUTING: seconds})
+
+    def experts(self, representation: str, record_bytes: float, touched: float, pairs: float) -> Times:
+        """Routed experts of one layer on the CPU: `touched` different ones, for `pairs` of token and expert."""
+        return self.weights(representation, touched * record_bytes, pairs / touched)
+
+    def _experts(self, placement: Placement, tokens: int) -> Times:
+        """The part of a layer's experts that lives in one place; all are used alike."""
+        total, top_k = self.config.n_routed_experts, self.config.n_activated_experts
+        share = placement.expert_count / total
+        touched = placement.expert_count * (1 - (1 - top_k / total) ** tokens)
+        pairs, record = share * tokens * top_k, placement.nbytes / placement.expert_count
+        if placement.tier == "ram":
+            return self.experts(placement.representation, record, touched, pairs)
+        operations = 6 * self.config.dim * self.config.moe_inter_dim * pairs
+        return self._on_gpu(touched * record, operations)
+
+    def _attention(self, plan: Plan, kv_b: Placement, tokens: int, seen: int) -> Times:
+        """On the CPU."""
+        config, machine = self.config, self.machine
+        both = config.qk_nope_head_dim + config.v_head_dim
+        times = Times()
+        if tokens <= ABSORBED_UP_TO:
+            each = seen * (config.kv_lora_rank + config.latent_dim) + both * config.kv_lora_rank
+            nanoseconds = machine.absorbed_ns * tokens * config.n_heads * each
+        else:
+            blocks = -(-seen // PREFILL_BLOCK)
+            made = self.weights(kv_b.representation, kv_b.nbytes, seen / blocks)
+            times.add(Times({name: blocks * seconds for name, seconds in made.items()}))
+            nanoseconds = (
+                machine.decompressed_ns * tokens * config.n_heads * seen * (config.qk_head_dim + config.v_head_dim)
+            )
+        if plan.cache_format == "int8":
+            nanoseconds += machine.value_ns * seen * config.latent_dim
+        return _sum(times, Times({ATTENTION: nanoseconds * 1e-9 / machine.cores}))
+
+    def _gpu_attention(self, plan: Plan, kv_b: Placement, tokens: int, seen: int) -> Times:
+        config = self.config
+        cached = seen * cache_row_bytes(config, plan.cache_format)
+        if tokens <= ABSORBED_UP_TO:
+            each = seen * (config.kv_lora_rank + config.latent_dim)
+        else:
+            each = seen * (config.qk_head_dim + config.v_head_dim)
+        values = BLOCK * kv_b.nbytes / block_bytes(kv_b.representation)
+        uses = tokens if tokens <= ABSORBED_UP_TO else seen
+        return self._on_gpu(cached + kv_b.nbytes, 2 * tokens * config.n_heads * each + 2 * values * uses)
+
+    def _steps(self, plan: Plan, placements: list[Placement], tokens: int) -> Times:
+        """Norms, sums, conversions, rotations, routing."""
+        if plan.on_gpu:
+            return Times({GPU_READING: GPU_LAUNCHES_A_LAYER * GPU_LAUNCH_S})
+        machine, config = self.machine, self.config
+        is_dense = any(placement.component == "dense" for placement in placements)
+        inter = config.inter_dim if is_dense else config.n_shared_experts * config.moe_inter_dim
+        values = 12 * config.dim + 2 * config.n_heads * (config.qk_head_dim + config.v_head_dim) + 5 * inter
+        values += 3 * config.latent_dim + config.n_routed_experts
+        seconds = CALLS_A_LAYER * machine.call_s + tokens * values * machine.value_ns * 1e-9 / machine.cores
+        return Times({STEPS: seconds})
+
+    def _crossing(self, tokens: int) -> Times:
+        """Experts' inputs to the host and outputs back."""
+        down, up = 4 * self.config.dim + 12 * self.config.n_activated_experts, 4 * self.config.dim
+        seconds = tokens * (down / self._gpu.to_host_bytes_s + up / self._gpu.to_gpu_bytes_s)
+        return Times({CROSSING: HANDOVER_S + seconds})
+
+    def _on_gpu(self, nbytes: float, operations: float) -> Times:
+        reading = nbytes / (GPU_READ_SHARE * self._gpu.read_bytes_s)
+        computing = operations / (GPU_FLOP_SHARE * self._gpu.flops)
+        return Times({GPU_READING: reading} if reading >= computing else {GPU_COMPUTING: computing})
+
+    @cached_property
+    def _gpu(self) -> MachineGpu:
+        assert self.machine.gpu is not None, "a plan with a GPU tier is predicted for a machine with a GPU"
+        return self.machine.gpu
+
+
+def at_bandwidth(machine: Machine, read_bytes_s: float) -> Machine:
+    """The machine while its memory is read at another rate: blocks that wait for memory change with it."""
+    slower = machine.read_bytes_s / read_bytes_s
+
+    def block(name: str, ns: float) -> float:
+        reading = 1e9 * block_bytes(name) * machine.cores / machine.read_bytes_s
+        return ns * slower if 2 * reading >= ns else ns
+
+    kernels = {name: tuple((t, block(name, ns)) for t, ns in points) for name, points in machine.kernels.items()}
+    return replace(machine, read_bytes_s=read_bytes_s, kernels=kernels)
+
+
+def block_bytes(representation: str) -> int:
+    """Bytes of 16 x 128 weights; of "a+b" those of the first."""
+    name = representation.partition("+")[0]
+    return PACKED_FORMATS[name].block_bytes if name in PACKED_FORMATS else PLAIN_BLOCK_BYTES[name]
+
+
+def _costed(representation: str, machine: Machine) -> str:
+    """The format whose times count."""
+    name = representation.partition("+")[0]
+    if name not in PACKED_FORMATS and name not in machine.kernels:
+        name = "bf16"
+    return name if name in machine.kernels else next(iter(machine.kernels))
+
+
+def _by_layer(plan: Plan) -> dict[int, list[Placement]]:
+    """The placements of each layer, MTP layers left out."""
+    layers: dict[int, list[Placement]] = {}
+    for placement in plan.placements:
+        if placement.layer is not None and placement.layer < plan.n_layers:
+            layers.setdefault(placement.layer, []).append(placement)
+    return layers
+
+
+def _sum(first: Times, second: Times) -> Times:
+    """Both, one after the other."""
+    total = Times(first)
+    total.add(second)
+    return total

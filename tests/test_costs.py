@@ -1,0 +1,144 @@
+"""The cost model on machines of round figures, and machines' files."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from offload.costs import Costs, at_bandwidth, block_bytes
+from offload.machine import Machine, MachineGpu, load_machine, named_machines
+from offload.parts import Budget
+from offload.pins import parse_pins
+from offload.plan import Plan
+from offload.planner import Planning, make_plan
+from offload.this_machine import keep, machine_for, measured_machine
+from quant.errors import Dsr1Error
+from quant.inventory import Inventory
+from quant.recipes import RECIPES, representations
+from quant.shapes import known_shape
+
+GIB = 2**30
+GPU = MachineGpu("a GPU", 24 * GIB, 1e12, 100e12, 20e9, 20e9)
+MACHINE = Machine(
+    name="round figures",
+    source="made up",
+    date="",
+    cores=10,
+    isa="amx",
+    nodes=1,
+    ram=512 * GIB,
+    read_bytes_s=100e9,
+    kernels={"accurate": ((1, 100.0), (3, 200.0), (5, 600.0)), "q8": ((1, 200.0),)},
+    call_s=1e-6,
+    value_ns=1.0,
+    absorbed_ns=0.1,
+    decompressed_ns=0.1,
+    gpu=GPU,
+)
+R1 = known_shape("deepseek-ai/DeepSeek-R1")
+assert R1 is not None
+CONFIG = R1.config
+
+
+def planned(device: str, *pins: str) -> Plan:
+    def available(spec):  # type: ignore[no-untyped-def]
+        return representations(spec, RECIPES["accurate"])
+
+    budget = Budget(device, 24 * GIB, 512 * GIB, 8192)  # type: ignore[arg-type]
+    return make_plan(Planning(Inventory.of(CONFIG), available, budget, MACHINE, parse_pins(pins)))
+
+
+def test_times_of_a_block_lie_on_straight_lines() -> None:
+    times = [MACHINE.block_ns("accurate", tokens) for tokens in (0.5, 1, 2, 3, 4, 5, 10)]
+    assert times == [100, 100, 150, 200, 400, 600, 1600]  # beyond the last point along the last line
+    assert [MACHINE.block_ns("q8", tokens) for tokens in (1, 4)] == [200, 800]  # with one point, in proportion
+
+
+def test_a_layer_s_experts_by_hand() -> None:
+    """Eight experts of 3 x 2048 x 7168 values, 21504 blocks each, at 100 ns on ten cores: 1.72 ms."""
+    costs, record = Costs(CONFIG, MACHINE), 21504 * block_bytes("accurate")
+    assert costs.experts("accurate", record, 8, 8).seconds == pytest.approx(8 * 21504 * 100e-9 / 10)
+    assert costs.experts("accurate", record, 8, 8).limit == "reading weights from RAM"
+    assert costs.experts("accurate", record, 8, 80).limit == "the processor's arithmetic"
+
+
+def test_blocks_that_wait_for_memory_follow_its_bandwidth() -> None:
+    """A block of 4.5 bits is 1152 bytes: 115 ns of ten cores at 100 GB/s. 600 ns for five tokens are arithmetic."""
+    half = at_bandwidth(MACHINE, 50e9)
+    assert half.kernels["accurate"] == ((1, 200.0), (3, 400.0), (5, 600.0)) and half.read_bytes_s == 50e9
+    assert at_bandwidth(half, 50e9) == half
+
+
+def test_decoding_by_hand() -> None:
+    """On a GPU: all experts in RAM, 58 layers of 1.72 ms, and 16 GiB of weights at 0.75 TB/s: about 23 ms."""
+    plan = planned("cuda", "experts=mapped", "chunk=512")
+    prediction = Costs(CONFIG, MACHINE).predict(plan, prompt=512, position=0)
+    experts = 58 * (8 * 21504 * 100e-9 / 10 + 30e-6 + (8 * 7168 + 96) / 20e9)
+    shared = plan.placement(5, "shared_expert").nbytes * 58
+    gpu = (plan.weight_bytes("gpu") - shared) / 0.75e12 + 61 * 25 * 3e-6
+    assert 1 / prediction.decode_tok_s == pytest.approx(experts + gpu, rel=0.01)
+    assert prediction.decode_limit == "reading weights from RAM"
+
+
+def test_experts_on_the_gpu_and_faster_machines_help() -> None:
+    some, none = planned("cuda", "chunk=512"), planned("cuda", "experts=mapped", "chunk=512")
+    assert some.gpu_experts() > 100
+    costs = Costs(CONFIG, MACHINE)
+    assert costs.predict(some).decode_tok_s > costs.predict(none).decode_tok_s
+    cpu = planned("cpu")
+    slow, fast = (Costs(CONFIG, replace(MACHINE, cores=cores)).predict(cpu) for cores in (10, 20))
+    assert 1.5 < fast.decode_tok_s / slow.decode_tok_s <= 2
+    assert costs.prefill_tok_s(planned("cpu", "chunk=2048")) > costs.prefill_tok_s(planned("cpu", "chunk=256"))
+
+
+@pytest.mark.parametrize("name", named_machines())
+def test_shipped_machines_are_whole(name: str) -> None:
+    machine = load_machine(name)
+    assert set(machine.kernels) == set(RECIPES) and machine.gpu is not None
+    per_core = machine.read_bytes_s / machine.cores
+    for fmt in machine.kernels:  # no faster than reading
+        assert machine.block_ns(fmt, 1) >= 1e9 * block_bytes(fmt) / per_core
+    assert Machine.from_fields(json.loads(machine.to_json()), name) == machine
+
+
+def test_shipped_machines_are_those_that_the_tool_makes() -> None:
+    from tools.machines.__main__ import SHEETS, machine_of
+
+    assert {sheet.name for sheet in SHEETS} == set(named_machines())
+    for sheet in SHEETS:
+        assert load_machine(sheet.name) == machine_of(sheet)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 2}, "version 1"),
+        ({"cores": 0}, "cores is 0"),
+        ({"cores": True}, "cores is True"),
+        ({"read_bytes_s": 1e999}, "read_bytes_s"),
+        ({"color": "red"}, "'color'"),
+        ({"name": 5}, "name must be a text"),
+        ({"kernels": {}}, "kernels"),
+        ({"kernels": {"q8": [[4, 1.0], [2, 1.0]]}}, "ascending"),
+        ({"kernels": {"q8": [[1]]}}, "pairs"),
+        ({"gpu": 3}, "must be an object"),
+        ({"gpu": {"name": "x"}}, "no field"),
+    ],
+)
+def test_files_that_describe_no_machine(change: dict, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(json.loads(MACHINE.to_json()) | change))
+    with pytest.raises(Dsr1Error, match=words) as error:
+        load_machine(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("offload.this_machine.user_cache", lambda: tmp_path)
+    assert measured_machine() is None and "not measured" in machine_for(None).source
+    path = keep(replace(MACHINE, date="2026-01-01", gpu=None))
+    assert measured_machine() == replace(MACHINE, date="2026-01-01", gpu=None)
+    assert machine_for(None).gpu is not None  # there is always one to plan for
+    path.write_text("damaged")
+    assert measured_machine() is None

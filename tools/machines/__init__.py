@@ -1,0 +1,1 @@
+"""Makes the machines that ship: `python -m tools.machines`."""
