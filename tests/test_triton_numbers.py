@@ -218,8 +218,8 @@ def test_experts(name: str, tokens: int, dim: int, inter: int) -> None:
     x = activations(tokens, dim) / 64  # random codes are large
     weights = torch.rand(tokens, top_k).to(DEVICE)
     here = torch.from_numpy(rng.integers(-1, count, (tokens, top_k), dtype=np.int32)).to(DEVICE)
-    config = shapes.experts_config(here.numel(), count)
-    blocks = ops.sort_pairs(here, count, config)
+    config, _ = shapes.expert_configs(here.numel(), count, name)
+    blocks = ops.sort_pairs(here, count, config.m)
     hidden = torch.full((len(blocks[1]), inter), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     outputs = torch.full((tokens * top_k, dim), float("nan"), device=DEVICE)
     found = launch.experts(x, weights, records, here, *blocks, name, inter, hidden, outputs)
@@ -228,7 +228,6 @@ def test_experts(name: str, tokens: int, dim: int, inter: int) -> None:
 
 def test_pairs_are_sorted_into_blocks_of_one_expert() -> None:
     here = torch.tensor([[2, -1], [0, 2], [2, 2], [-1, 0]], dtype=torch.int32)
-    config = shapes.Config(2, 32, 4, 2)
-    experts, slots = ops.sort_pairs(here, 3, config)
+    experts, slots = ops.sort_pairs(here, 3, 2)
     assert experts.tolist() == [0, 2, 2, -1, -1, -1, -1]
     assert slots.tolist()[:6] == [2, 7, 0, 3, 4, 5] and set(slots.tolist()[6:]) == {8}

@@ -149,17 +149,18 @@ def experts(
     """float32 [T, dim]. here: int32 [T, K], each pair's record or -1; block_experts, slots: ops.sort_pairs."""
     (tokens, top_k), dim = here.shape, x.shape[1]
     record = ExpertRecord(PACKED_FORMATS[name], dim, inter)
-    words, config = records.view(torch.int32), shapes.experts_config(here.numel(), len(records))
+    words = records.view(torch.int32)
+    config, down = shapes.expert_configs(here.numel(), len(records), name)
     code, pairs = shapes.PACKED_CODES[record.format.name], tokens * top_k
     offsets = record.nbytes // 4, record.w3 // 4
-    tile = code, config.m, config.n
-    count = len(block_experts)
+    tile, count = (code, config.m, config.n), len(block_experts)
     grid = triton.cdiv(inter, config.n), count
     sizes = pairs, top_k, dim, inter
     hidden_kernel[grid](x, words, block_experts, slots, hidden, *sizes, *offsets, *tile, **_options(config))
-    offsets, grid = (record.nbytes // 4, record.w2 // 4), (triton.cdiv(dim, config.n), count)
+    offsets, grid = (record.nbytes // 4, record.w2 // 4), (triton.cdiv(dim, down.n), count)
+    tile = code, down.m, down.n
     inputs = hidden, words, block_experts, slots, weights
-    down_kernel[grid](*inputs, outputs, pairs, dim, inter, *offsets, *tile, **_options(config))
+    down_kernel[grid](*inputs, outputs, pairs, dim, inter, *offsets, *tile, **_options(down))
     out = torch.empty(tokens, dim, dtype=torch.float32, device=x.device)
     combine_kernel[(tokens, triton.cdiv(dim, SUM_BLOCK))](outputs, here, out, top_k, dim, SUM_BLOCK)
     return out

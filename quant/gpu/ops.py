@@ -1,4 +1,4 @@
-"""The GPU kernels as torch operators: on CUDA tensors Triton's kernels, elsewhere and without Triton the torch formulas.
+"""The GPU kernels as torch operators: Triton's kernels on CUDA tensors, elsewhere and without Triton torch formulas.
 
 An operator's fake implementation tells the shape of its result. What a kernel needs besides is an argument,
 made where a memory count sees it: nothing is allocated behind an operator's back but its results.
@@ -104,9 +104,9 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, records: Ten
     x bf16 [T, dim]; weights float32 [T, K]; slots: int64 [E], which record an expert is, or -1.
     """
     count, pairs = len(records), ids.numel()
-    config = shapes.experts_config(pairs, count)
+    config, _ = shapes.expert_configs(pairs, count, record.format.name)
     here = slots[ids].to(torch.int32)
-    block_experts, pair_slots = sort_pairs(here, count, config)
+    block_experts, pair_slots = sort_pairs(here, count, config.m)
     hidden = x.new_empty(len(pair_slots), record.inter_dim)
     outputs = x.new_empty(pairs, record.dim, dtype=torch.float32)
     how = record.format.name, record.inter_dim
@@ -115,14 +115,14 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, records: Ten
     return out
 
 
-def sort_pairs(here: Tensor, experts: int, config: shapes.Config) -> tuple[Tensor, Tensor]:
-    """Blocks of `config.m` pairs of one expert each, made without asking the host.
+def sort_pairs(here: Tensor, experts: int, m: int) -> tuple[Tensor, Tensor]:
+    """Blocks of `m` pairs of one expert each, made without asking the host.
 
     here: int32 [T, K], each pair's record or -1. Returns int32 [blocks], the expert of each or -1, and int32
     [blocks * m], the pair in each slot, T * K where there is none.
     """
-    pairs, m = here.numel(), config.m
-    blocks = shapes.expert_blocks(pairs, experts, config)
+    pairs = here.numel()
+    blocks = shapes.expert_blocks(pairs, experts, m)
     expert = torch.where(here < 0, experts, here).flatten().to(torch.int64)
     ones = torch.ones_like(expert)
     counts = torch.zeros(experts + 1, dtype=torch.int64, device=here.device).scatter_add_(0, expert, ones)

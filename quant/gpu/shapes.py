@@ -29,9 +29,10 @@ class Config:
 LINEAR_FEW = Config(16, 32, 4, 4)
 LINEAR_MANY = Config(64, 64, 4, 2)
 EXPERTS_FEW = Config(16, 32, 4, 3)
-EXPERTS_MANY = Config(32, 64, 8, 2)
+HIDDEN_MANY = Config(32, 64, 8, 2)
+HIDDEN_MANY_Q8 = DOWN_MANY = Config(32, 64, 4, 2)
 ABSORB = Config(16, 128, 4, 1)
-PROJECT = Config(16, 128, 4, 2)
+PROJECT = Config(16, 128, 8, 2)
 DECODE_BF16 = Config(32, 32, 8, 2)  # heads, cached tokens
 DECODE_BF16_FEW_HEADS = Config(16, 32, 4, 2)
 DECODE_BYTES = Config(16, 32, 8, 2)
@@ -53,14 +54,16 @@ def linear_splits(tokens: int, rows: int, columns: int) -> int:
     return -(-blocks // each)
 
 
-def experts_config(pairs: int, experts: int) -> Config:
-    """For pairs of token and expert on `experts` experts."""
-    return EXPERTS_FEW if pairs <= FEW_TOKENS * experts else EXPERTS_MANY
+def expert_configs(pairs: int, experts: int, name: str) -> tuple[Config, Config]:
+    """For w1 and w3, and for w2, of pairs of token and expert on `experts` experts; of one m."""
+    if pairs <= FEW_TOKENS * experts:
+        return EXPERTS_FEW, EXPERTS_FEW
+    return HIDDEN_MANY_Q8 if name == "q8" else HIDDEN_MANY, DOWN_MANY
 
 
-def expert_blocks(pairs: int, experts: int, config: Config) -> int:
-    """Blocks of pairs of one expert each: the most that there can be."""
-    return min(experts, pairs) + pairs // config.m
+def expert_blocks(pairs: int, experts: int, m: int) -> int:
+    """Blocks of up to m pairs of one expert each: the most that there can be."""
+    return min(experts, pairs) + pairs // m
 
 
 def decode_config(heads: int, in_bytes: bool) -> Config:
