@@ -9,8 +9,8 @@ Streams and events are CUDA's. Work of host threads (`launch`) is put in a strea
     copy       GPU cannot; then they queue theirs. So the caller queues all that may run beside host work first:
                CpuExperts.submit, the shared expert, then sync.
 
-Errors of host work are raised in the thread that waits for it. Pinned memory lets copies run beside kernels; it is taken
-once, for buffers that live as long as the model.
+Errors of host work are raised in the thread that waits for it. Pinned memory lets copies run beside kernels; it is
+taken once, for buffers that live as long as the model.
 """
 
 from collections.abc import Callable, Iterator

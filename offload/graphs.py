@@ -1,8 +1,8 @@
 """Work of the device that is recorded once and then replayed, with the host's part between.
 
-A decoding step is the same every time: only the contents of its fixed input buffers change. On the device it is recorded
-as graphs, one between any two calls of the backend's protocol: experts on the CPU begin with `record`, `wait` and
-`copy`, and end with `wait` and `copy`, and those the host does itself, each time, in the same order.
+A decoding step is the same every time: only the contents of its fixed input buffers change. On the device it is
+recorded as graphs, one between any two calls of the backend's protocol: experts on the CPU begin with `record`, `wait`
+and `copy`, and end with `wait` and `copy`, and those the host does itself, each time, in the same order.
 
     capture    a pass runs once with every operator going into the open graph instead of running; a call of the protocol
                closes the graph and is kept, not made; the next operator opens another graph

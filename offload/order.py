@@ -21,7 +21,7 @@ WORK = ("copy", "launch", "run", "replay", "free")
 
 @dataclass
 class _Buffer:
-    """What happened to a buffer. `written`: stream and number of the last write; `read`: last reads since, by stream."""
+    """What happened to a buffer. written: stream and number of the last write. read: last reads since, by stream."""
 
     allocated: bool = False  # and therefore without contents; weights and inputs come with theirs
     written: tuple[str, int] | None = None

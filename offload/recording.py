@@ -24,7 +24,7 @@ from offload.backend import Backend, Event, Stream
 class Operation:
     """One thing that was queued, or done by the host. `reads`, `writes`: numbers of buffers.
 
-    kind: allocate, copy, launch, record, wait, synchronize, run (an operator of the model), replay (of a graph) or free.
+    kind: allocate, copy, launch, record, wait, synchronize, run (an operator of the model), replay (a graph) or free.
     """
 
     kind: str

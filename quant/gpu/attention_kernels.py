@@ -64,7 +64,7 @@ def project_kernel(
     LORA: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """out bf16 [tokens, heads, VALUE]: each head's last VALUE rows of wkv_b times latents bf16 [tokens, heads, LORA]."""
+    """out bf16 [tokens, heads, VALUE]: a head's last VALUE rows of wkv_b times latents bf16 [tokens, heads, LORA]."""
     head = tl.program_id(0)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     there = (token < tokens)[:, None]

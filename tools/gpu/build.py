@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +27,9 @@ from tools.gpu.variants import DOT, WIDE, Variant, variants
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a program may have
 NATIVE_FP8_FROM = 89
-INSTRUCTIONS = {
-    DOT: r"(?:wgmma\.)?mma(?:_async)?\.sync",
-    WIDE: r"(?:cp\.async\.c[ag]\.shared\.global [^;]*, 0x10,|ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64)",
-}
+PRODUCT = re.compile(r"\bmma\.sync|\bwgmma\.mma_async")
+COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global [^;]*, 0x(\w+),")  # hexadecimal bytes, to shared memory
+WIDE_SHARE = 0.85  # of the copied bytes that must go 16 at a time; what is left are headers of blocks
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,17 @@ def build(variant: Variant, arch: int) -> Built:
     options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resources(made.asm["cubin"])
-    has = tuple(what for what, pattern in INSTRUCTIONS.items() if re.search(pattern, made.asm["ptx"]))
+    has = tuple(_instructions(made.asm["ptx"]))
     return Built(variant.name, arch, registers, stack, made.metadata.shared, variant.config.warps, has, variant.wants)
+
+
+def _instructions(ptx: str) -> Iterator[str]:
+    """What a kernel's code has of the things that variants may want."""
+    if PRODUCT.search(ptx):
+        yield DOT
+    copied = [int(size, 16) for size in COPY.findall(ptx)]
+    if copied and sum(size for size in copied if size == 16) >= WIDE_SHARE * sum(copied):
+        yield WIDE
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Every way in which the GPU kernels are compiled for a model of R1's shape: the launches of quant/gpu/launch.py as data."""
+"""Every way in which the GPU kernels are compiled for R1's shape: the launches of quant/gpu/launch.py as data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ EVEN = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is compiled. types: of arguments other than by POINTERS. wants: instructions that must be there."""
+    """A kernel as it is compiled. types: of arguments other than by POINTERS. wants: what its code must have."""
 
     name: str
     kernel: Any
@@ -60,7 +60,7 @@ class Variant:
 
 WEIGHTS = {"fast": 0, "accurate": 1, "q8": 2, "fp8_block": 3, "fp8_block, native": 4, "bf16": 5}
 STORED = {3: "*u8", 4: "*u8", 5: "*bf16"}
-DOT, WIDE = "tensor cores", "16 bytes a load"
+DOT, WIDE = "tensor cores", "16 bytes a copy"
 
 
 def _of_weights() -> Iterator[tuple[str, dict[str, Any], dict[str, str], bool, tuple[str, ...]]]:
@@ -106,7 +106,10 @@ def _attention() -> Iterator[Variant]:
 def _experts() -> Iterator[Variant]:
     for name, code in shapes.PACKED_CODES.items():
         wants = (DOT,) if name == "q8" else (DOT, WIDE)
-        for what, config in (("few tokens", shapes.EXPERTS_FEW), ("prefill", shapes.EXPERTS_MANY)):
-            tile = {"FORMAT": code, "BLOCK_M": config.m, "BLOCK_N": config.n}
-            for kernel, half in ((hidden_kernel, "gate and up"), (down_kernel, "down")):
+        for what, pairs in (("few tokens", 1), ("prefill", 1000)):
+            configs = shapes.expert_configs(pairs, 16, name)
+            for kernel, half, config in zip(
+                (hidden_kernel, down_kernel), ("gate and up", "down"), configs, strict=True
+            ):
+                tile = {"FORMAT": code, "BLOCK_M": config.m, "BLOCK_N": config.n}
                 yield Variant(f"experts, {half}, {name}, {what}", kernel, tile, {}, config, False, wants)
