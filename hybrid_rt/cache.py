@@ -10,6 +10,7 @@ from quant.config import ModelConfig
 from quant.operators import with_cpu_kernel
 
 if TYPE_CHECKING:
+    from hybrid_rt.graph_step import GraphSteps
     from hybrid_rt.token_step import TokenStep
 
 
@@ -23,6 +24,7 @@ class LatentCache:
         self.data = backend.allocate((config.n_layers, capacity, config.latent_dim), dtype)
         self.length = 0
         self.step: TokenStep | None = None  # a recording of the work of one token on this cache
+        self.graphs: GraphSteps | None = None  # the same on a GPU, for a few tokens
 
     @property
     def capacity(self) -> int:
@@ -34,6 +36,10 @@ class LatentCache:
         end = start + latent.shape[0]
         copy_rows(self.data[layer, start:end], latent)
         return self.data[layer, :end]
+
+    def write_at(self, layer: int, positions: torch.Tensor, latent: torch.Tensor) -> None:
+        """Store `latent` [T, kv_lora + rope] at `positions` [T], which the device knows and the host need not."""
+        self.data.select(0, layer).index_copy_(0, positions, latent)
 
     def load(self, latents: torch.Tensor) -> None:
         """Replace the contents by `latents` [layers, T, kv_lora + rope]."""

@@ -72,10 +72,11 @@ class StoredParts:
         values = self.source.weight(name).dequantize(dtype or self.dtype)
         return self._put(values, self._placement(name))
 
-    def whole(self, name: str) -> Callable[[], torch.Tensor]:
+    def whole(self, name: str) -> Callable[[], torch.Tensor | QuantTensor]:
         if self._placement(name).tier == "gpu":
             weight = self._matrix(name)
-            return lambda: dequantize(weight)
+            on_cuda = self.backend.device.type == "cuda"
+            return lambda: weight if on_cuda else dequantize(weight)
         if self._placement(name).representation == "f32":
             values = dequantize(self.source.weight(name))
             return lambda: values
@@ -144,4 +145,6 @@ def load_transformer(
 ) -> Transformer:
     """The model of `source`, for forward passes of as many tokens as `buffers` hold. loading: by default in silence."""
     parts = StoredParts(source, plan, dtype, backend, buffers, loading)
-    return Transformer(source.config, parts, dtype, len(source.mtp_layers)).eval()
+    model = Transformer(source.config, parts, dtype, len(source.mtp_layers)).eval()
+    model.rope.to(backend.device)
+    return model

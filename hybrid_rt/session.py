@@ -93,7 +93,7 @@ class Session:
             "format_version": torch.tensor([FORMAT_VERSION]),
             "model": fingerprint(self.engine),
             "tokens": torch.tensor(self.tokens, dtype=torch.int64),
-            "latents": self.cache.valid().contiguous(),
+            "latents": self.cache.valid().cpu().contiguous(),
         }
         temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:

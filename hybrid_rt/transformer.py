@@ -69,7 +69,8 @@ class Transformer(nn.Module):
 
     def forward(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """The final normed states [T, dim] of the tokens `ids` [T]; `head` makes logits of them."""
-        return self.run(self.embedded(ids), self.rope(context.positions), context)
+        device = context.positions.device  # the embedding stays in RAM
+        return self.run(self.embedded(ids).to(device), self.rope(context.positions), context)
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """What the first layer sees of the tokens: [T, dim]."""

@@ -90,7 +90,7 @@ class RecordingBackend:
         return self._events[-1]
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
-        with self._unseen():
+        with self.unseen():
             tensor = self.inner.allocate(shape, dtype, pinned)
         self.operations.append(Operation("allocate", writes=(self.buffer(tensor),)))
         return tensor
@@ -101,21 +101,23 @@ class RecordingBackend:
 
     def wait(self, event: Event, stream: Stream) -> None:
         self.operations.append(Operation("wait", stream.name, event=self._events.index(event)))
-        self.inner.wait(event, stream)
+        with self.unseen():
+            self.inner.wait(event, stream)
 
     def copy(self, dst: Tensor, src: Tensor, stream: Stream) -> None:
         self.note("copy", stream, [src], [dst])
-        with self._unseen():
+        with self.unseen():
             self.inner.copy(dst, src, stream)
 
     def launch(self, stream: Stream, function: Callable[..., Any], *args: Any) -> None:
         self.note("launch", stream, *read_and_written(function, args))
-        with self._unseen():
+        with self.unseen():
             self.inner.launch(stream, function, *args)
 
     def synchronize(self) -> None:
         self.operations.append(Operation("synchronize"))
-        self.inner.synchronize()
+        with self.unseen():
+            self.inner.synchronize()
 
     def place(self, label: str, tensor: Tensor) -> Tensor:
         return self.inner.place(label, tensor)
@@ -126,13 +128,12 @@ class RecordingBackend:
         with self.inner.counting(), _Seen(self):
             yield
 
-    def _unseen(self) -> AbstractContextManager[None]:
+    def unseen(self) -> AbstractContextManager[None]:
+        """What runs inside is no operator of the model."""
         return _Unseen(self)
 
 
 class _Unseen:
-    """What runs inside is no operator of the model."""
-
     def __init__(self, backend: RecordingBackend) -> None:
         self.backend, self.before = backend, backend._on_host
 
@@ -149,15 +150,23 @@ class _Seen(TorchDispatchMode):
         self.backend = backend
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not self.backend._on_host and not func.is_view:
-            reads, writes = read_and_written(func, args, kwargs)
-            known = self.backend.buffers(reads)
-            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-            writes = [*writes, *(tensor for tensor in made if self.backend.buffer(tensor) not in known)]
-            self.backend.note("run", self.backend.main, reads, writes)
+        out = func(*args, **(kwargs or {}))
+        if not self.backend._on_host:
+            reads, writes = uses(func, args, kwargs, out)
+            if reads or writes:
+                self.backend.note("run", self.backend.main, reads, writes)
         return out
+
+
+def uses(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that an operator read and wrote, its results among these; none of either for views."""
+    reads, writes = read_and_written(func, args, kwargs)
+    known = {tensor.untyped_storage()._cdata for tensor in (*reads, *writes)}
+    results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    made = [tensor for tensor in results if tensor.untyped_storage()._cdata not in known]
+    if results and not made and not writes:
+        return [], []
+    return reads, [*writes, *made]
 
 
 def read_and_written(function: Any, args: Any, kwargs: Any = None) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quant.formats import QuantTensor
@@ -47,7 +48,9 @@ def reads_weight(weight: QuantTensor) -> bool:
 
 
 def linear(x: Tensor, weight: QuantTensor) -> Tensor:
-    """x bf16 [T, K], contiguous, times weight [N, K]: [T, N]."""
+    """x [T, K] times weight [N, K]: [T, N] in x's dtype. Kernels take x of bfloat16, and any format but float32."""
+    if not reads_weight(weight):
+        return F.linear(x.float(), weight.data).to(x.dtype)
     (tokens, _), (rows, columns) = x.shape, weight.shape
     splits = shapes.linear_splits(tokens, rows, columns)
     partial = x.new_empty((splits, tokens, rows) if splits > 1 else (0,), dtype=torch.float32)
@@ -56,12 +59,9 @@ def linear(x: Tensor, weight: QuantTensor) -> Tensor:
     return out
 
 
-def reads_heads(weight: QuantTensor, heads: int, nope: int, rope: int, lora: int) -> bool:
-    """Whether attention's kernels take these shapes: powers of 2 from 16 on, as in all published models."""
-    value = weight.shape[0] // heads - nope
-    sizes = nope, value, rope, lora
-    whole = all(size >= TILE_ROWS and size & (size - 1) == 0 for size in sizes)
-    return whole and reads_weight(weight)
+def reads_heads(nope: int, value: int, rope: int, lora: int) -> bool:
+    """Whether attention's kernels take these widths of a head: powers of 2 from 16 on, as in all published models."""
+    return all(size >= TILE_ROWS and size & (size - 1) == 0 for size in (nope, value, rope, lora))
 
 
 def attend_absorbed(
@@ -91,8 +91,8 @@ def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, weight: Qu
     stats = q_nope.new_empty(2, tokens, heads, dtype=torch.float32)
     out, q_pe = q_nope.new_empty(tokens, heads, value), q_pe.contiguous()
     for first in range(0, cached.shape[0], shapes.KEY_BLOCK):
-        block = cached[first : first + shapes.KEY_BLOCK]
-        latents = reference.cache_rows(block, lora)[:, :lora].to(q_nope.dtype).contiguous()
+        block = cached.narrow(0, first, min(shapes.KEY_BLOCK, cached.shape[0] - first))
+        latents = reference.cache_latents(block, lora).to(q_nope.dtype).contiguous()
         kv = linear(latents, weight).view(-1, heads, nope + value)
         torch.ops.dsr1.gpu_prefill.default(q_nope, q_pe, kv, cached, first, scale, sums, stats, out)
     return out
@@ -103,9 +103,14 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, records: Ten
 
     x bf16 [T, dim]; weights float32 [T, K]; slots: int64 [E], which record an expert is, or -1.
     """
-    count, pairs = len(records), ids.numel()
+    here = slots.index_select(0, ids.flatten()).view_as(ids).to(torch.int32)
+    return experts_here(x, here, weights, records, record)
+
+
+def experts_here(x: Tensor, here: Tensor, weights: Tensor, records: Tensor, record: ExpertRecord) -> Tensor:
+    """`experts`, of which each pair's record is known: here, int32 [T, K], or -1."""
+    count, pairs = len(records), here.numel()
     config, _ = shapes.expert_configs(pairs, count, record.format.name)
-    here = slots[ids].to(torch.int32)
     block_experts, pair_slots = sort_pairs(here, count, config.m)
     hidden = x.new_empty(len(pair_slots), record.inter_dim)
     outputs = x.new_empty(pairs, record.dim, dtype=torch.float32)
