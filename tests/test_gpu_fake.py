@@ -121,7 +121,7 @@ def r1_layer(tokens: int, in_bytes: bool) -> Iterator[tuple[Block, Callable[[], 
         yield block, run, counting
 
 
-@pytest.mark.parametrize(("tokens", "most"), [(1, 48), (16, 64), (128, 160), (512, 640)])
+@pytest.mark.parametrize(("tokens", "most"), [(1, 20), (16, 28), (128, 96), (512, 260)])
 def test_a_layer_of_r1_at_128k(tokens: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Temporaries take at most `most` MiB, whatever the context is; a whole score matrix would take up to 16 GiB."""
     monkeypatch.setattr(torch.Tensor, "__getitem__", indexed)
@@ -142,7 +142,8 @@ def test_operators_refuse_tensors_of_two_devices_and_weights_that_do_not_fit() -
         x, weight = torch.empty(2, 256, dtype=torch.bfloat16), QuantTensor(Q8, (64, 256), data)
         with pytest.raises(ValueError, match="are on cpu and cuda"):
             ops.linear(x, weight)
-        assert ops.linear(x.to("cuda"), weight).shape == (2, 64)
+        there = torch.empty(2, 256, dtype=torch.bfloat16, device="cuda")
+        assert ops.linear(there, weight).shape == (2, 64)
         with pytest.raises(ValueError, match="takes .* bytes as q8"):
             ops.linear(torch.empty(2, 384, device="cuda"), QuantTensor(Q8, (64, 384), data))
         cached = torch.empty(10, 100, dtype=torch.bfloat16, device="cuda")

@@ -92,8 +92,11 @@ def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, weight: Qu
     out, q_pe = q_nope.new_empty(tokens, heads, value), q_pe.contiguous()
     for first in range(0, cached.shape[0], shapes.KEY_BLOCK):
         block = cached.narrow(0, first, min(shapes.KEY_BLOCK, cached.shape[0] - first))
-        latents = reference.cache_latents(block, lora).to(q_nope.dtype).contiguous()
-        kv = linear(latents, weight).view(-1, heads, nope + value)
+        latents = reference.cache_latents(block, lora)
+        latents = latents.clone(memory_format=torch.contiguous_format)  # of a cache of floats it was a view
+        kv = linear(latents if latents.dtype == q_nope.dtype else latents.to(q_nope.dtype), weight).view(
+            -1, heads, nope + value
+        )
         torch.ops.dsr1.gpu_prefill.default(q_nope, q_pe, kv, cached, first, scale, sums, stats, out)
     return out
 
