@@ -141,5 +141,5 @@ def fingerprint(engine: "Engine") -> torch.Tensor:
     digest = hashlib.sha256(f"{engine.config} {engine.transformer.dtype}".encode())
     for layer in range(engine.config.n_layers):
         norm = engine.transformer.get_submodule(f"layers.{layer}.attn_norm")
-        digest.update(cast(torch.Tensor, norm.weight).numpy().tobytes())
+        digest.update(cast(torch.Tensor, norm.weight).cpu().numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
