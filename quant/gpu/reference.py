@@ -109,9 +109,9 @@ def cache_rows(cached: Tensor, lora: int) -> Tensor:
 def decode(q_latent: Tensor, q_pe: Tensor, cached: Tensor, seen: Tensor, scale: float) -> Tensor:
     """softmax(scores) @ latents for queries that are the last of the first `seen` [1] rows: [T, H, lora]."""
     tokens, _, lora = q_latent.shape
-    rows = cache_rows(cached, lora)
+    key = torch.arange(len(cached), device=cached.device)
+    rows = cache_rows(cached, lora).masked_fill((key >= seen)[:, None], 0)  # behind the tokens there may be NaN
     scores = torch.einsum("thc,sc->hts", torch.cat([q_latent, q_pe], dim=-1).float(), rows) * scale
-    key = torch.arange(len(rows), device=cached.device)
     last = seen - tokens + torch.arange(tokens, device=cached.device)
     scores = scores.masked_fill(key > last[:, None], float("-inf"))
     return torch.einsum("hts,sc->thc", scores.softmax(-1), rows[:, :lora]).to(q_latent.dtype)
