@@ -14,6 +14,7 @@ from quant.operators import with_cpu_kernel
 from quant.tape import leave_to_torch
 
 if TYPE_CHECKING:
+    from hybrid_rt.graph_step import GraphSteps
     from hybrid_rt.token_step import TokenStep
 
 
@@ -39,6 +40,7 @@ class LatentCache:
         self.data = backend.allocate((config.n_layers, capacity, width), dtype)
         self.length = 0
         self.step: TokenStep | None = None  # a recording of the work of one token on this cache
+        self.graphs: GraphSteps | None = None  # the same on a GPU, for a few tokens
 
     @property
     def capacity(self) -> int:
@@ -53,6 +55,12 @@ class LatentCache:
             latent = pack_latents(latent, self.lora)
         copy_rows(self.data[layer, start:end], latent)
         return self.data[layer, :end]
+
+    def write_at(self, layer: int, positions: torch.Tensor, latent: torch.Tensor) -> None:
+        """Store `latent` [T, kv_lora + rope] at `positions` [T], which the device knows and the host need not."""
+        if self.lora is not None:
+            latent = pack_latents(latent, self.lora)
+        self.data.select(0, layer).index_copy_(0, positions, latent)
 
     def rows(self, first: int, end: int) -> dict[str, torch.Tensor]:
         """All that tokens `first` to `end` left here, by name: views [layers, tokens, ...]."""

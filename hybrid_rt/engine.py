@@ -8,7 +8,8 @@ import torch
 
 from hybrid_rt.cache import LatentCache
 from hybrid_rt.generation_config import load_sampling
-from hybrid_rt.latent_attention import CachedAttention
+from hybrid_rt.gpu_attention import attention_context
+from hybrid_rt.graph_step import MOST_TOKENS, GraphSteps
 from hybrid_rt.loader import Loading, Source, load_transformer, open_model
 from hybrid_rt.models import resolve_model
 from hybrid_rt.planning import check_recipe, make_backend, plan_model
@@ -21,6 +22,7 @@ from hybrid_rt.tokenizer import Tokenizer
 from hybrid_rt.trace import Trace, trace_chunks
 from hybrid_rt.transformer import Transformer
 from offload.experts import ExpertBuffers
+from offload.graphs import GraphingBackend
 from offload.hardware import allowed_cores
 from offload.plan import Plan
 from offload.topology import read_topology
@@ -101,7 +103,7 @@ class Engine:
         tokenizer = load_tokenizer(source)
         use_threads(threads)
         compile_ahead(PACKED_KERNELS if isinstance(source, Store) else PLAIN_KERNELS, compiling)
-        backend = make_backend(chosen)
+        backend = make_backend(chosen, source.config)
         buffers = ExpertBuffers(source.config, backend, chosen.prefill_chunk)
         loading = Loading(topology, notes, progress)
         transformer = load_transformer(source, chosen, DTYPES[dtype], backend, buffers, loading)
@@ -138,12 +140,19 @@ class Engine:
     def _states(self, ids: torch.Tensor, cache: LatentCache, hooked: bool) -> torch.Tensor:
         if len(ids) == 1 and self.backend.is_host and not hooked:
             return self._step(cache).forward(ids, cache)
-        return self.transformer(ids, CachedAttention(cache, len(ids), self.scale))
+        if len(ids) <= MOST_TOKENS and isinstance(self.backend, GraphingBackend) and not hooked:
+            return self._graphs(cache, self.backend).forward(ids, cache)
+        return self.transformer(ids, attention_context(cache, len(ids), self.scale))
 
     def _step(self, cache: LatentCache) -> TokenStep:
         if cache.step is None:
             cache.step = TokenStep(self.transformer, self.scale)
         return cache.step
+
+    def _graphs(self, cache: LatentCache, backend: GraphingBackend) -> GraphSteps:
+        if cache.graphs is None:
+            cache.graphs = GraphSteps(self.transformer, self.scale, backend)
+        return cache.graphs
 
     @torch.inference_mode()
     def head(self, states: torch.Tensor) -> torch.Tensor:
