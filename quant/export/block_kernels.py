@@ -4,6 +4,7 @@ Blocks are the lanes of `Lanes`. Sixteen are worked on at a time, transposed, so
 them are one load; their scales are searched together, and then each block's codes are written from its own values.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -43,6 +44,20 @@ LINE_GROUPS, LINE_SIZE = GROUPS["Q4_K"], SUPER_BLOCK // GROUPS["Q4_K"]
 SIX_GROUPS, SIX_SIZE = GROUPS["Q6_K"], SUPER_BLOCK // GROUPS["Q6_K"]
 COUNT, OVER_COUNT = np.float32(LINE_SIZE), np.float32(1 / LINE_SIZE)
 TOP_LEVEL, TOP_SCALE = np.float32(LEVELS["Q4_K"][1]), np.float32(MOST_SCALE)
+
+
+def _inner_of(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: `inner`, for a function that is made once a format.
+
+    Machine code finds its functions by their names, and what comes from disk may be of several processes, which number
+    functions alike: those of two formats must not have one name.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        function.__qualname__ += f".{name}"
+        return inner(function)
+
+    return decorate
 
 
 # Lanes
@@ -112,7 +127,7 @@ def _make_best_scale(name: str, size: int) -> tuple[Any, Any]:
     lowest, highest = (np.float32(level) for level in LEVELS[name])
     anchors = np.array(ANCHORS[name], np.float32)
 
-    @inner
+    @_inner_of(name)
     def fit(x, inverse):  # type: ignore[no-untyped-def]
         """Σ level² and Σ level × x of the values at address x, with the levels nearest to x × inverse."""
         squares, products = fill(ZERO), fill(ZERO)
@@ -123,7 +138,7 @@ def _make_best_scale(name: str, size: int) -> tuple[Any, Any]:
             products = products + level * value
         return squares, products
 
-    @inner
+    @_inner_of(name)
     def best_scale(x):  # type: ignore[no-untyped-def]
         peak = _peak(x, size)
         best, most = fill(ZERO), fill(MINUS_ONE)
@@ -144,7 +159,7 @@ def _make_one_scale(kind: BlockType, nearest: Any) -> Any:
     """nearest: to the scales that there are."""
     fit, best_scale = _make_best_scale(kind.name, kind.block)
 
-    @inner
+    @_inner_of(kind.name)
     def search(x):  # type: ignore[no-untyped-def]
         squares, products = fit(x, _over(fill(ONE), nearest(best_scale(x))))
         store(x + SCALE, nearest(_over(products, squares)) + fill(ZERO))
@@ -314,7 +329,7 @@ def _make_pack_one_scale(kind: BlockType) -> Any:
     lowest, highest = (np.float32(level) for level in LEVELS[kind.name])
     has_fifth, size = kind.name == "Q5_0", kind.block
 
-    @inner
+    @_inner_of(kind.name)
     def pack(x, values, lane, out):  # type: ignore[no-untyped-def]
         codes = _octets(x + CODES, size)
         _put_half(x + SCALE, lane, out)
@@ -339,7 +354,7 @@ def _make_pack_int4(kind: BlockType) -> Any:
     lowest, highest = (np.float32(level) for level in LEVELS[kind.name])
     size = kind.block
 
-    @inner
+    @_inner_of(kind.name)
     def pack(x, values, lane, out):  # type: ignore[no-untyped-def]
         codes, scale = _octets(x + CODES, size), _octets(x + SCALE + 4 * lane, 4)
         target = _octets(out, 2 + size // 2)
@@ -426,7 +441,7 @@ def _open(values, rows, size, x):  # type: ignore[no-untyped-def]
 def _make_kernel(kind: BlockType, search: Any, pack: Any) -> Kernel:
     size, block_bytes = kind.block, kind.block_bytes
 
-    @inner
+    @_inner_of(kind.name)
     def encode_part(values, out, scratch, count, part, parts):  # type: ignore[no-untyped-def]
         x = scratch + part * SCRATCH_BYTES
         begin, end = share((count + LANES - 1) // LANES, part, parts)
@@ -443,6 +458,7 @@ def _make_kernel(kind: BlockType, search: Any, pack: Any) -> Kernel:
         encode_part(values, out, scratch, count, part, parts)
         return 0
 
+    encode.__qualname__ += f".{kind.name}"
     return Kernel(encode, f"{__name__}.{kind.name}")
 
 
