@@ -16,8 +16,13 @@ from offload import workspace
 from offload.backend import Backend
 from offload.emulate import BUFFERS, TEMPORARIES, EmulatedBackend, Ledger
 from offload.experts import ExpertBuffers
-from offload.planner import Budget, make_plan
-from offload.workspace import host_bytes, workspace_bytes
+from offload.machine import load_machine
+from offload.parts import Budget
+from offload.pins import parse_pins
+from offload.plan import Plan
+from offload.planner import Planning, make_plan
+from offload.this_machine import TYPICAL
+from offload.workspace import host_bytes
 from quant.checkpoint import Checkpoint
 from quant.errors import DeviceError
 from quant.kernels import set_threads, thread_count
@@ -154,16 +159,17 @@ WIDE_MLP = {"intermediate_size": 8192}
 WIDE = {"hidden_size": 2048, "kv_lora_rank": 64, "num_hidden_layers": 2}
 
 
-def peak_of_a_pass(folder: Path, dtype: str, chunk: int) -> tuple[int, Checkpoint]:
+def peak_of_a_pass(folder: Path, dtype: str, chunk: int) -> tuple[int, Plan]:
     """The most that temporaries take in passes of `chunk` and of 128 tokens that follow others, with their logits."""
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.config
     backend = EmulatedBackend(Ledger(2**40))
-    plan = make_plan(
-        checkpoint.inventory,
-        lambda spec: checkpoint.representations(spec.name),
-        Budget("emulate", 2**40, 2**40, chunk, dtype),  # type: ignore[arg-type]
+    budget = Budget("emulate", 2**40, 2**40, 4096, dtype)  # type: ignore[arg-type]
+    pins = parse_pins([f"chunk={chunk}"])
+    planning = Planning(
+        checkpoint.inventory, lambda spec: checkpoint.representations(spec.name), budget, load_machine(TYPICAL), pins
     )
+    plan = make_plan(planning)
     buffers = ExpertBuffers(config, backend, chunk)
     model = load_transformer(checkpoint, plan, DTYPES[dtype], backend, buffers)
     cache = LatentCache(config, 4096, dtype, backend)
@@ -177,7 +183,7 @@ def peak_of_a_pass(folder: Path, dtype: str, chunk: int) -> tuple[int, Checkpoin
         assert logits.isfinite().all()
         del context, states, logits
         assert backend.ledger.used_by[TEMPORARIES] == 0
-    return backend.ledger.peak_by[TEMPORARIES], checkpoint
+    return backend.ledger.peak_by[TEMPORARIES], plan
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,8 +194,8 @@ def peak_of_a_pass(folder: Path, dtype: str, chunk: int) -> tuple[int, Checkpoin
 def test_the_workspace_formula_bounds_what_a_forward_pass_takes(
     shape: dict[str, int], chunk: int, dtype: str, tmp_path: Path
 ) -> None:
-    peak, checkpoint = peak_of_a_pass(write_checkpoint(tmp_path, shape), dtype, chunk)
-    formula = workspace_bytes(checkpoint.config, chunk, DTYPES[dtype].itemsize)
+    peak, plan = peak_of_a_pass(write_checkpoint(tmp_path, shape), dtype, chunk)
+    formula = plan.workspace_bytes
     print(f"{dtype}, {chunk} tokens: {peak} bytes, formula {formula / peak:.2f} of that")
     assert peak <= formula <= 2 * peak
 

@@ -18,7 +18,7 @@ from offload.hardware import GpuMemory, choose_device
 from offload.machine import load_machine
 from offload.parts import Available, Budget
 from offload.pins import parse_pins
-from offload.plan import PLAN_VERSION, Placement, Plan, PlanError
+from offload.plan import PLAN_VERSION, Plan, PlanError
 from offload.planner import LADDER, Planning, choose_context, choose_residency, make_plan
 from quant.config import ModelConfig, parse_config
 from quant.errors import ContextError, DeviceError, UsageError
@@ -380,14 +380,10 @@ def test_a_plan_holds_every_tensor_once_within_its_budgets(
 
 def rank(planning: Planning, plan: Plan) -> tuple[int, int, int]:
     """Where a plan stands in the planner's order; smaller is better. Not made from how the plan was found."""
-    components = [p.component for p in plan.placements if p.representation != _most_exact(planning, p)]
+    exact = {(part.layer, part.component): part.forms[0].representation for part in planning.unpinned}
+    components = {p.component for p in plan.placements if p.representation != exact[p.layer, p.component]}
     quality = (plan.cache_format == "int8") + sum(any(c in components for c in step) for step in LADDER)
     return quality, planning.chunks.index(plan.prefill_chunk), -plan.gpu_experts()
-
-
-def _most_exact(planning: Planning, placement: Placement) -> str:
-    parts = {(part.layer, part.component): part for part in planning.unpinned}
-    return parts[placement.layer, placement.component].forms[0].representation
 
 
 MANY_EXPERTS = {"n_routed_experts": 32, "n_group": 4}

@@ -74,10 +74,10 @@ def test_a_store_answers_and_streams(stores: dict[str, Path]) -> None:
 
 def test_an_emulated_gpu_gives_the_same_tokens_within_its_budget(stores: dict[str, Path]) -> None:
     sampling = Sampling(temperature=0, max_new_tokens=8)
-    alone = Engine.load(stores["accurate"], context=200, threads=1, pins=["chunk=128"])
+    alone = Engine.load(stores["accurate"], context=200, threads=1, pins=["chunk=200"])
     ids = random_ids(alone, 150)
     options = {"gpu_mem": "2G", "context": 200, "device": "emulate", "threads": 1}
-    emulated = Engine.load(stores["accurate"], pins=["chunk=128"], **options)
+    emulated = Engine.load(stores["accurate"], pins=["chunk=200"], **options)
     assert collect(emulated.generate(ids, sampling)).token_ids == collect(alone.generate(ids, sampling)).token_ids
     assert emulated.plan.device == "emulate" and emulated.plan.representation(1, "attention") == "q8"
 
