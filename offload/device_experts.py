@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from offload.experts import CpuExperts, Pending
+from offload.workspace import TOKENS_ON_DEVICE, device_experts_bytes
+from quant.gpu import ops as gpu_ops
 from quant.ops import moe_scratch_sizes
 from quant.packed import PACKED_FORMATS, ExpertRecord
 
@@ -99,12 +101,27 @@ def _device_experts_cpu(
     return buffers[-1]
 
 
+def _device_experts_cuda(
+    x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, records: Tensor, name: str, inter_dim: int
+) -> Tensor:
+    """By the kernels of quant/gpu, some tokens at a time: each pair of token and expert takes a row of float32."""
+    record = _check(x, ids, slots, records, name, inter_dim)
+    out, values = x.new_empty(x.shape, dtype=torch.float32), x.to(torch.bfloat16)
+    for first in range(0, len(x), TOKENS_ON_DEVICE):
+        some = slice(first, first + TOKENS_ON_DEVICE)
+        out[some] = gpu_ops.experts(values[some], ids[some], weights[some], slots, records, record)
+    return out
+
+
 def _device_experts_fake(
     x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, records: Tensor, name: str, inter_dim: int
 ) -> Tensor:
+    """The memory that CUDA's takes: the result, and what some tokens take at a time."""
     _check(x, ids, slots, records, name, inter_dim)
+    x.new_empty(device_experts_bytes(len(x), ids.shape[1], x.shape[1], inter_dim), dtype=torch.uint8)
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
 _library.impl("device_experts", _device_experts_cpu, "CPU")
+_library.impl("device_experts", _device_experts_cuda, "CUDA")
 torch.library.register_fake("dsr1::device_experts", _device_experts_fake, lib=_library)

@@ -21,6 +21,7 @@ PREFILL_BLOCK = 512
 DECODE_BLOCK = 2048
 
 F32 = 4
+TOKENS_ON_DEVICE = 256  # that experts on the device run at a time
 SMALL_TENSORS = 64 * 512  # masks' aranges, ids and the like: each takes at least one unit of the allocator
 SCRATCH_ROWS = 32  # weight rows that a thread of the kernels for FP8 and bf16 experts decodes together
 FEW_PAIRS = 64  # the kernel for packed experts keeps hidden values of so many,
@@ -28,6 +29,16 @@ PADDED_ROWS = 32  # reads up to so many rows more than there are,
 ROW_SCRATCH = 1088  # and takes so many bytes for a token in each thread,
 THREAD_SCRATCH = 2**16  # and for what the thread unpacks
 THREADS = max(64, os.cpu_count() or 1)  # threads whose scratch is set aside
+
+
+def device_experts_bytes(tokens: int, top_k: int, dim: int, inter_dim: int) -> int:
+    """Device memory that experts there take beside their result (offload/device_experts.py), some tokens at a time.
+
+    Rows of each pair of token and expert, their hidden values, and the tokens' sums.
+    """
+    rows = min(tokens, TOKENS_ON_DEVICE)
+    pairs = rows * top_k
+    return 4 * pairs * dim + 2 * 2 * pairs * inter_dim + 4 * rows * dim
 
 
 def workspace_bytes(config: ModelConfig, plan: Plan) -> int:
@@ -154,9 +165,11 @@ class _Pass:
         shared = self._mlp(config.n_shared_experts * config.moe_inter_dim)
         sync = row * F32 + 3 * row * self.act + (row * F32 if self.has_experts else 0)
         submitted = row * F32 + 12 * self.tokens * config.n_activated_experts
+        running = 0
         if self.has_experts:  # their sum, and what they and the CPU get
             submitted += row * F32 + 36 * self.tokens * config.n_activated_experts
-        mixture = max(gate, submitted + max(shared, sync)) if config.n_moe_layers else 0
+            running = device_experts_bytes(self.tokens, config.n_activated_experts, config.dim, config.moe_inter_dim)
+        mixture = max(gate, submitted + max(running, shared, sync)) if config.n_moe_layers else 0
         return row * self.act + max(dense, mixture)
 
     def _mlp(self, inter: int) -> int:
