@@ -211,6 +211,16 @@ class Predicted:
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """Of a model. decode: the tokens after a prompt of `prompt_tokens`, one by one."""
+
+    prefill_tokens: int
+    prefill_tok_s: float
+    prompt_tokens: int
+    decode: Runs
+
+
+@dataclass(frozen=True)
 class EngineFigures:
     """A model end to end. decode_ms: of a token, the median; share: decode_gb_s of read_gb_s.
 
@@ -267,11 +277,8 @@ def measure_engine(name: str, engine: Engine, machine: Machine, before: int) -> 
 
     machine: as it was probed. before: anonymous memory of this process before the model was loaded.
     """
-    longest = min(PREFILL_TOKENS, engine.context)
-    ids = torch.randint(engine.config.vocab_size, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
-    prefill = measure_prefill(engine, ids)
-    prompt = ids[: min(PROMPT_TOKENS, engine.context // 2)]
-    decode = measure_decode(engine, prompt, min(NEW_TOKENS, engine.context - len(prompt)))
+    speeds = measure_speeds(engine)
+    decode = speeds.decode
     memory = memory_use(engine.plan, engine.folder, before)
     say("measuring the memory's read bandwidth")
     blocks = [block.ffn for block in engine.transformer.layers]
@@ -284,9 +291,9 @@ def measure_engine(name: str, engine: Engine, machine: Machine, before: int) -> 
         device=engine.plan.device,
         isa=isa.current(),
         threads=thread_count(),
-        prefill_tokens=longest,
-        prefill_tok_s=longest / prefill.seconds,
-        prompt_tokens=len(prompt),
+        prefill_tokens=speeds.prefill_tokens,
+        prefill_tok_s=speeds.prefill_tok_s,
+        prompt_tokens=speeds.prompt_tokens,
         decode_tokens=len(decode.runs),
         decode_tok_s=1 / seconds,
         decode_ms=1e3 * decode.seconds,
@@ -296,16 +303,27 @@ def measure_engine(name: str, engine: Engine, machine: Machine, before: int) -> 
         read_bytes=read.nbytes,
         read_gb_s=read.bytes_s / 1e9,
         share=engine.plan.decode_ram_bytes / seconds / read.bytes_s,
-        predicted=predict(engine, at_bandwidth(machine, read.bytes_s), longest, len(prompt) + len(decode.runs) // 2),
+        predicted=predict(engine, at_bandwidth(machine, read.bytes_s), speeds),
         memory=memory,
     )
 
 
-def predict(engine: Engine, machine: Machine, prompt: int, position: int) -> Predicted:
-    """The prefill of `prompt` tokens, and the decoding of the token at `position`."""
-    found = Costs(engine.config, machine).predict(engine.plan, prompt, position)
+def predict(engine: Engine, machine: Machine, speeds: Speeds) -> Predicted:
+    """What was measured: the prefill, and the decoding of the token in the middle."""
+    position = speeds.prompt_tokens + len(speeds.decode.runs) // 2
+    found = Costs(engine.config, machine).predict(engine.plan, speeds.prefill_tokens, position)
     limits = found.prefill_limit, found.decode_limit
     return Predicted(machine.date, found.prefill_tok_s, limits[0], found.decode_tok_s, limits[1])
+
+
+def measure_speeds(engine: Engine) -> Speeds:
+    """A longer prompt of random tokens, and a shorter one that is answered greedily."""
+    longest = min(PREFILL_TOKENS, engine.context)
+    ids = torch.randint(engine.config.vocab_size, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
+    prefill = measure_prefill(engine, ids)
+    prompt = ids[: min(PROMPT_TOKENS, engine.context // 2)]
+    decode = measure_decode(engine, prompt, min(NEW_TOKENS, engine.context - len(prompt)))
+    return Speeds(longest, longest / prefill.seconds, len(prompt), decode)
 
 
 def measure_prefill(engine: Engine, ids: list[int]) -> Runs:

@@ -12,9 +12,13 @@ from hybrid_rt.layers import Parts, RMSNorm, rms_norm
 from hybrid_rt.rope import Angles, rotate
 from quant import model_ops
 from quant.config import ModelConfig
+from quant.formats import QuantTensor
 from quant.operators import with_cpu_kernel
 
 LATENT_NORM_EPS = 1e-6  # q_norm and kv_norm use it whatever the config's rms_norm_eps says
+
+
+HeadMatrix = torch.Tensor | QuantTensor
 
 
 class AttentionContext(Protocol):
@@ -23,9 +27,17 @@ class AttentionContext(Protocol):
     positions: torch.Tensor  # int64 [T]
 
     def attend(
-        self, layer: int, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, wkv_b: torch.Tensor
+        self,
+        layer: int,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        latent: torch.Tensor,
+        wkv_b: torch.Tensor | QuantTensor,
     ) -> torch.Tensor:
-        """Attention's output [T, H, v] of these tokens; `latent` [T, kv_lora + rope] are their own keys and values."""
+        """Attention's output [T, H, v] of these tokens; `latent` [T, kv_lora + rope] are their own keys and values.
+
+        wkv_b: [H, nope + v, kv_lora], or as it is stored [H * (nope + v), kv_lora].
+        """
 
 
 class MLA(nn.Module):
@@ -50,7 +62,9 @@ class MLA(nn.Module):
 
     def forward(self, x: torch.Tensor, angles: Angles, context: AttentionContext) -> torch.Tensor:
         q_nope, q_pe = self.queries(x, angles)
-        wkv_b = self.wkv_b().unflatten(0, (self.n_heads, -1))  # [H, nope + v, kv_lora]
+        wkv_b = self.wkv_b()
+        if isinstance(wkv_b, torch.Tensor):
+            wkv_b = wkv_b.unflatten(0, (self.n_heads, -1))  # [H, nope + v, kv_lora]
         heads = context.attend(self.layer, q_nope, q_pe, self.latent(x, angles), wkv_b)
         return self.wo(heads.flatten(-2))
 

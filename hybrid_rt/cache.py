@@ -1,5 +1,6 @@
 """The latent cache: what attention keeps of the tokens it has seen."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from quant.operators import with_cpu_kernel
 from quant.tape import leave_to_torch
 
 if TYPE_CHECKING:
+    from hybrid_rt.graph_step import GraphSteps
     from hybrid_rt.token_step import TokenStep
 
 
@@ -38,6 +40,7 @@ class LatentCache:
         self.data = backend.allocate((config.n_layers, capacity, width), dtype)
         self.length = 0
         self.step: TokenStep | None = None  # a recording of the work of one token on this cache
+        self.graphs: GraphSteps | None = None  # the same on a GPU, for a few tokens
 
     @property
     def capacity(self) -> int:
@@ -53,14 +56,22 @@ class LatentCache:
         copy_rows(self.data[layer, start:end], latent)
         return self.data[layer, :end]
 
-    def load(self, latents: torch.Tensor) -> None:
-        """Replace the contents by what `valid` gave of a cache of this kind."""
-        self.length = latents.shape[1]
-        self.data[:, : self.length] = latents
+    def write_at(self, layer: int, positions: torch.Tensor, latent: torch.Tensor) -> None:
+        """Store `latent` [T, kv_lora + rope] at `positions` [T], which the device knows and the host need not."""
+        if self.lora is not None:
+            latent = pack_latents(latent, self.lora)
+        self.data.select(0, layer).index_copy_(0, positions, latent)
 
-    def valid(self) -> torch.Tensor:
-        """The tokens that are stored: [layers, length, kv_lora + rope], or rows of bytes."""
-        return self.data[:, : self.length]
+    def rows(self, first: int, end: int) -> dict[str, torch.Tensor]:
+        """All that tokens `first` to `end` left here, by name: views [layers, tokens, ...]."""
+        return {"latents": self.data[:, first:end]}
+
+    def put(self, first: int, rows: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `rows` gave for the tokens from `first` on; they are the last ones then."""
+        count = next(iter(rows.values())).shape[1]
+        for name, own in self.rows(first, first + count).items():
+            own.copy_(rows[name])
+        self.length = first + count
 
 
 @with_cpu_kernel("copy_rows(Tensor(a!) target, Tensor source) -> ()", model_ops.copy_rows)

@@ -1,5 +1,6 @@
 """An Engine: immutable weights, and the sessions that run on them."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import torch
 
 from hybrid_rt.cache import LatentCache
 from hybrid_rt.generation_config import load_sampling
-from hybrid_rt.latent_attention import CachedAttention
+from hybrid_rt.gpu_attention import attention_context
+from hybrid_rt.graph_step import MOST_TOKENS, GraphSteps
 from hybrid_rt.loader import Loading, Source, load_transformer, open_model
 from hybrid_rt.models import resolve_model
 from hybrid_rt.planning import check_recipe, make_backend, plan_model
@@ -20,6 +22,7 @@ from hybrid_rt.tokenizer import Tokenizer
 from hybrid_rt.trace import Trace, trace_chunks
 from hybrid_rt.transformer import Transformer
 from offload.experts import ExpertBuffers
+from offload.graphs import GraphingBackend
 from offload.hardware import allowed_cores
 from offload.plan import Plan
 from offload.topology import read_topology
@@ -55,6 +58,7 @@ class Engine:
         self.default_sampling = load_sampling(self.folder)
         self.prefill_chunk = buffers.max_tokens
         self.scale = softmax_scale(self.config)
+        self._turn = threading.Lock()  # sessions on several threads share the experts' buffers
 
     @classmethod
     def load(
@@ -99,7 +103,7 @@ class Engine:
         tokenizer = load_tokenizer(source)
         use_threads(threads)
         compile_ahead(PACKED_KERNELS if isinstance(source, Store) else PLAIN_KERNELS, compiling)
-        backend = make_backend(chosen)
+        backend = make_backend(chosen, source.config)
         buffers = ExpertBuffers(source.config, backend, chosen.prefill_chunk)
         loading = Loading(topology, notes, progress)
         transformer = load_transformer(source, chosen, DTYPES[dtype], backend, buffers, loading)
@@ -121,24 +125,34 @@ class Engine:
     def forward(self, ids: torch.Tensor, cache: LatentCache, hooked: bool = False) -> torch.Tensor:
         """Append up to `prefill_chunk` tokens (int64 [T]) to `cache`; returns their final states [T, dim].
 
-        hooked: whether every module has to be called, because hooks look into it.
+        hooked: whether every module has to be called, because hooks look into it. Threads take turns.
         """
-        try:
-            with self.backend.counting():
-                if len(ids) == 1 and self.backend.is_host and not hooked:
-                    states = self._step(cache).forward(ids, cache)
-                else:
-                    states = self.transformer(ids, CachedAttention(cache, len(ids), self.scale))
-        except BaseException:  # Ctrl+C among others: the next forward pass needs the buffers
-            self.buffers.abandon()
-            raise
-        cache.length += ids.shape[0]
+        with self._turn:
+            try:
+                with self.backend.counting():
+                    states = self._states(ids, cache, hooked)
+            except BaseException:  # Ctrl+C among others: the next forward pass needs the buffers
+                self.buffers.abandon()
+                raise
+            cache.length += ids.shape[0]
         return states
+
+    def _states(self, ids: torch.Tensor, cache: LatentCache, hooked: bool) -> torch.Tensor:
+        if len(ids) == 1 and self.backend.is_host and not hooked:
+            return self._step(cache).forward(ids, cache)
+        if len(ids) <= MOST_TOKENS and isinstance(self.backend, GraphingBackend) and not hooked:
+            return self._graphs(cache, self.backend).forward(ids, cache)
+        return self.transformer(ids, attention_context(cache, len(ids), self.scale))
 
     def _step(self, cache: LatentCache) -> TokenStep:
         if cache.step is None:
             cache.step = TokenStep(self.transformer, self.scale)
         return cache.step
+
+    def _graphs(self, cache: LatentCache, backend: GraphingBackend) -> GraphSteps:
+        if cache.graphs is None:
+            cache.graphs = GraphSteps(self.transformer, self.scale, backend)
+        return cache.graphs
 
     @torch.inference_mode()
     def head(self, states: torch.Tensor) -> torch.Tensor:
@@ -171,6 +185,10 @@ class Engine:
         """
         prompt = self.tokenizer.chat_template.render(messages)
         return self.tokenizer.encode(open_thinking(prompt, think))
+
+    def history_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation as the tokens that stand before whatever is asked next."""
+        return self.tokenizer.encode(self.tokenizer.chat_template.render(messages, add_generation_prompt=False))
 
     def check_ids(self, ids: Sequence[int]) -> torch.Tensor:
         """`ids` as int64 [T]. Raises ContextError if there are none or too many, Dsr1Error if one is no token."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from hybrid_rt.attention import HeadMatrix
 from hybrid_rt.cache import LatentCache
 from quant import model_ops
 from quant.dequantize import dequantize
@@ -37,12 +38,13 @@ class CachedAttention:
         self.positions = torch.arange(self.start, self.start + tokens, device=cache.data.device)
 
     def attend(
-        self, layer: int, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, wkv_b: torch.Tensor
+        self, layer: int, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, wkv_b: HeadMatrix
     ) -> torch.Tensor:
         """Store the tokens' latents, then attend to all up to them.
 
         wkv_b: [H, nope + v, C], or packed (_dense). Returns [T, H, v].
         """
+        assert isinstance(wkv_b, torch.Tensor), "a matrix as it is stored is for a GPU's context"
         cached = self.cache.write(layer, self.start, latent)
         absorbed = q_nope.shape[0] <= ABSORBED_UP_TO
         attend = attend_absorbed if absorbed else attend_decompressed

@@ -35,10 +35,11 @@ class Parts(Protocol):
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor `name`, whole: in `dtype`, or in the model's when None."""
 
-    def whole(self, name: str) -> Callable[[], torch.Tensor]:
+    def whole(self, name: str) -> Callable[[], torch.Tensor | QuantTensor]:
         """A call that gives the matrix `name` as attention reads it.
 
-        In float32, kept so or decoded each time where memory is short; or packed, uint8 [tiles, blocks, bytes].
+        In float32, kept so or decoded each time where memory is short; packed, uint8 [tiles, blocks, bytes]; or, for
+        kernels of a GPU, as it is stored.
         """
 
     def embedding(self, name: str) -> torch.Tensor:

@@ -73,10 +73,11 @@ class StoredParts:
         values = self.source.weight(name).dequantize(dtype or self.dtype)
         return self._put(values, self._placement(name))
 
-    def whole(self, name: str) -> Callable[[], torch.Tensor]:
+    def whole(self, name: str) -> Callable[[], torch.Tensor | QuantTensor]:
         if self._placement(name).tier == "gpu":
             weight = self._matrix(name)
-            return lambda: dequantize(weight)
+            on_cuda = self.backend.device.type == "cuda"
+            return lambda: weight if on_cuda else dequantize(weight)
         if self._placement(name).representation == "f32":
             values = dequantize(self.source.weight(name))
             return lambda: values

@@ -2,14 +2,20 @@
 
 from collections.abc import Sequence
 
+import torch
+
+from hybrid_rt.gpu_attention import graphs_serve
 from hybrid_rt.loader import Source
 from offload.backend import Backend, CpuBackend
+from offload.cuda_backend import CudaBackend, CudaGrapher
 from offload.emulate import EmulatedBackend, Ledger
+from offload.graphs import GraphingBackend
 from offload.hardware import choose_device
 from offload.memory import check_lockable
 from offload.plan import Device, Plan
 from offload.topology import Topology
 from offload.wishes import Wishes, plan_for
+from quant.config import ModelConfig
 from quant.errors import DeviceError, Dsr1Error
 from quant.inventory import TensorSpec
 from quant.store import Store
@@ -25,27 +31,36 @@ def plan_model(source: Source, wishes: Wishes, notes: list[str], topology: Topol
         return source.representations(spec.name)
 
     plan = plan_for(wishes, source.inventory, available, notes, runnable_device, topology).plan
-    if plan.device == "cuda":
-        raise NO_CUDA
     check_lockable(plan.resident_bytes("locked"))
     return plan
 
 
-NO_CUDA = DeviceError("this version does not run on CUDA yet; use --device cpu, or emulate to try a GPU's plan")
-
-
 def runnable_device(asked: str, gpu_mem: int | None, notes: list[str]) -> tuple[Device, int]:
-    """The device that `--device` means in this version, which has no CUDA yet, and the bytes of GPU memory to use."""
-    if asked == "cuda":
-        raise NO_CUDA
+    """The device that `--device` means, and the bytes of GPU memory to use.
+
+    "auto" is the CPU as long as CUDA has not run on hardware: who wants to try it says so.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"torch {torch.__version__} finds no CUDA device here; install NVIDIA's driver and torch's build for CUDA, "
+            "or use --device cpu, or emulate to try a GPU's plan"
+        )
+    if asked == "auto" and torch.cuda.is_available():
+        notes.append("a GPU is there and not used: CUDA has not run on hardware yet; --device cuda tries it")
     return choose_device("cpu" if asked == "auto" else asked, gpu_mem, notes)
 
 
-def make_backend(plan: Plan) -> Backend:
+def make_backend(plan: Plan, config: ModelConfig) -> Backend:
     """The device of a plan, with nothing on it yet."""
     if plan.device == "cpu":
         return CpuBackend()
-    return EmulatedBackend(Ledger(plan.gpu_budget - plan.reserve_bytes))
+    budget = plan.gpu_budget - plan.reserve_bytes
+    if plan.device == "emulate":
+        return EmulatedBackend(Ledger(budget))
+    backend = CudaBackend(budget)
+    if not graphs_serve(config, plan.representation(0, "kv_b")):
+        return backend
+    return GraphingBackend(backend, CudaGrapher(backend))
 
 
 def check_recipe(source: Source, recipe: str | None) -> None:

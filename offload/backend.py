@@ -3,15 +3,17 @@
     A stream is a queue: what is put on it runs in that order. Different streams know of each other only through events:
         record(event, stream)   the event is reached when all that `stream` was given so far is done
         wait(event, stream)     what `stream` is given from here on starts after the event is reached
-    The host thread that queues the work waits for nothing but `synchronize`.
+    The host thread that queues the work waits for nothing but `synchronize`; where host threads have work on a
+    stream, it may also wait for that before it queues what comes after it (offload/cuda_backend.py).
 
 The model's own operators run on the stream `main`. `copy` and `launch` read their tensors when their turn comes:
 whoever queues them keeps the tensors alive, and unchanged by other streams, until an event says that they are done.
+offload/recording.py writes down what is queued, and offload/order.py finds what has no order.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
@@ -125,7 +127,7 @@ class CpuBackend:
         pass
 
     def copy(self, dst: Tensor, src: Tensor, stream: Stream) -> None:
-        _check_copy(dst, src)
+        check_copy(dst, src)
         if not is_fake(dst):  # torch asks for the device's own library even when both are fake
             dst.copy_(src)
 
@@ -142,92 +144,8 @@ class CpuBackend:
         return nullcontext()
 
 
-def _check_copy(dst: Tensor, src: Tensor) -> None:
+def check_copy(dst: Tensor, src: Tensor) -> None:
     if dst.shape != src.shape or dst.dtype != src.dtype:
         raise ValueError(
             f"a copy keeps shape and dtype: {src.dtype} {tuple(src.shape)} does not fit {dst.dtype} {tuple(dst.shape)}"
         )
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One call of a backend. `reads`, `writes`: numbers of buffers; `launch` may do both to all tensors it is given."""
-
-    kind: str  # allocate, copy, launch, record, wait or synchronize
-    stream: str = ""
-    reads: tuple[int, ...] = ()
-    writes: tuple[int, ...] = ()
-    event: int = -1
-
-
-@dataclass
-class RecordingBackend:
-    """Passes everything on to `inner` and notes it in `operations`, for tests of the order of work.
-
-    Buffers are numbered as they appear; views of one storage have one number.
-    """
-
-    inner: Backend
-    operations: list[Operation] = field(default_factory=list)
-    _buffers: list[Any] = field(default_factory=list)  # the storages, kept so that none gets another's address
-    _events: list[Event] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    @property
-    def main(self) -> Stream:
-        return self.inner.main
-
-    @property
-    def is_host(self) -> bool:
-        return False  # so that what a device would be asked for is asked for, and noted
-
-    def buffer(self, tensor: Tensor) -> int:
-        """The number of the storage that `tensor` is a view of."""
-        storage = tensor.untyped_storage()
-        for number, known in enumerate(self._buffers):
-            if known._cdata == storage._cdata:
-                return number
-        self._buffers.append(storage)
-        return len(self._buffers) - 1
-
-    def stream(self, name: str) -> Stream:
-        return self.inner.stream(name)
-
-    def event(self) -> Event:
-        self._events.append(self.inner.event())
-        return self._events[-1]
-
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
-        tensor = self.inner.allocate(shape, dtype, pinned)
-        self.operations.append(Operation("allocate", writes=(self.buffer(tensor),)))
-        return tensor
-
-    def record(self, event: Event, stream: Stream) -> None:
-        self.operations.append(Operation("record", stream.name, event=self._events.index(event)))
-        self.inner.record(event, stream)
-
-    def wait(self, event: Event, stream: Stream) -> None:
-        self.operations.append(Operation("wait", stream.name, event=self._events.index(event)))
-        self.inner.wait(event, stream)
-
-    def copy(self, dst: Tensor, src: Tensor, stream: Stream) -> None:
-        self.operations.append(Operation("copy", stream.name, (self.buffer(src),), (self.buffer(dst),)))
-        self.inner.copy(dst, src, stream)
-
-    def launch(self, stream: Stream, function: Callable[..., Any], *args: Any) -> None:
-        touched = tuple(self.buffer(arg) for arg in args if isinstance(arg, Tensor))
-        self.operations.append(Operation("launch", stream.name, touched, touched))
-        self.inner.launch(stream, function, *args)
-
-    def synchronize(self) -> None:
-        self.operations.append(Operation("synchronize"))
-        self.inner.synchronize()
-
-    def place(self, label: str, tensor: Tensor) -> Tensor:
-        return self.inner.place(label, tensor)
-
-    def counting(self) -> AbstractContextManager[None]:
-        return self.inner.counting()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from quant.formats import QuantTensor
+from quant.gpu.reference import packed_weights
 from quant.kernels.decode import PACKED_CODES, decode
 from quant.kernels.threads import call, parts_for
 from quant.packed import PACKED_FORMATS, PackedFormat
@@ -43,5 +44,11 @@ def _dequantize_fake(data: Tensor, name: str, rows: int, columns: int) -> Tensor
     return data.new_empty(rows, columns, dtype=torch.float32)
 
 
+def _dequantize_cuda(data: Tensor, name: str, rows: int, columns: int) -> Tensor:
+    _check(data, name, rows, columns)
+    return packed_weights(data, PACKED_FORMATS[name], (rows, columns))
+
+
 _library.impl("dequantize", _dequantize_cpu, "CPU")
+_library.impl("dequantize", _dequantize_cuda, "CUDA")
 torch.library.register_fake("dsr1::dequantize", _dequantize_fake, lib=_library)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quant.conversion import as_float32, converted
 from quant.formats import FORMATS, Format, QuantTensor
+from quant.gpu import ops as gpu
 from quant.isa import has_tiles
 from quant.kernels import linear as linear_kernel
 from quant.kernels import moe, packed_linear, packed_moe
@@ -42,11 +43,13 @@ for _name, _stored in (("moe_experts", "ScalarType weight_dtype"), ("packed_moe_
 def linear(x: Tensor, weight: QuantTensor) -> Tensor:
     """x [..., K] of any float dtype times weight [N, K]: [..., N] in x's dtype, summed in float32.
 
-    For a packed weight, x is rounded to 8 bits, with one scale for each 128 columns.
+    For a packed weight, x is rounded to 8 bits, with one scale for each 128 columns; on a GPU to bfloat16.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor
-    if isinstance(weight.format, PackedFormat):
+    if x.is_cuda:
+        out = gpu.linear(rows, weight)
+    elif isinstance(weight.format, PackedFormat):
         out = torch.ops.dsr1.packed_linear.default(rows, weight.data, weight.format.name, *weight.shape)
     else:
         out = torch.ops.dsr1.linear.default(rows, weight.data, weight.scale)

@@ -1,6 +1,7 @@
 """Options and fixtures that several test files share."""
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
 )
 
+
+# Without a GPU, Triton's kernels are interpreted; this is settled when they are imported.
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # On a busy machine, or while kernels compile, examples take long without being wrong.
 settings.register_profile("dsr1", deadline=None, suppress_health_check=[HealthCheck.too_slow])

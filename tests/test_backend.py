@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from offload.backend import Backend, CpuBackend, Operation, RecordingBackend
+from offload.backend import Backend, CpuBackend
+from offload.recording import Operation, RecordingBackend
 
 
 def test_cpu_backend_runs_in_the_order_of_calls() -> None:

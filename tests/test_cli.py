@@ -93,7 +93,7 @@ def test_a_context_beyond_the_maximum_is_refused(chat_folder: Path) -> None:
 
 def test_refusals_of_options(chat_folder: Path) -> None:
     assert "is not a size" in refused(dsr1("run", chat_folder, "-p", "Hi", "--gpu-mem", "lots"))
-    assert "does not run on CUDA yet" in refused(dsr1("run", chat_folder, "-p", "Hi", "--device", "cuda"))
+    assert "finds no CUDA device here" in refused(dsr1("run", chat_folder, "-p", "Hi", "--device", "cuda"))
     assert "it needs --ram" in refused(dsr1("run", chat_folder, "-p", "Hi", "--ram", "1K"))
     assert "there is no device" in refused(dsr1("run", chat_folder, "-p", "Hi", "--device", "tpu"))
     assert "say it with --gpu-mem" in refused(dsr1("run", chat_folder, "-p", "Hi", "--device", "emulate"))
