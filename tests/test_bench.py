@@ -262,7 +262,7 @@ def test_a_shape_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     fields = json.loads(printed.out)
     assert (fields["shape"], fields["format"], fields["threads"]) == ("nano", "fast", 1)
-    record = 3 * 64 * 256 * FAST.block_bytes // (16 * 128)
+    record = ExpertRecord(FAST, 256, 64).nbytes
     machine = at_bandwidth(replace(load_machine("rtx-4090-ddr5"), cores=1), 1e9 * fields["read_gb_s"])
     predicted = Costs(find_shape("nano"), machine).experts("fast", record, 8, 8).seconds
     assert fields["decode"][0]["predicted_ms"] == pytest.approx(1e3 * predicted)
