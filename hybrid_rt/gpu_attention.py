@@ -8,7 +8,7 @@ from hybrid_rt.latent_attention import ABSORBED_UP_TO, CachedAttention, attend_a
 from quant.config import ModelConfig
 from quant.dequantize import dequantize
 from quant.formats import QuantTensor
-from quant.gpu import ops
+from quant.gpu import ops, shapes
 
 
 def attention_context(cache: LatentCache, tokens: int, scale: float) -> AttentionContext:
@@ -21,7 +21,7 @@ def attention_context(cache: LatentCache, tokens: int, scale: float) -> Attentio
 def graphs_serve(config: ModelConfig, kv_b: str) -> bool:
     """Whether attention of a model reads its length on the device. kv_b: the format of wkv_b."""
     widths = config.qk_nope_head_dim, config.v_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
-    return ops.reads_heads(*widths) and kv_b != "f32"
+    return shapes.reads_heads(*widths) and kv_b != "f32"
 
 
 class DeviceAttention:
@@ -58,7 +58,7 @@ class DeviceAttention:
         (tokens, heads, nope), cached = q_nope.shape, self.cache.data.select(0, layer)
         absorbed = tokens <= ABSORBED_UP_TO
         value = wkv_b.shape[0] // heads - nope
-        if not (ops.reads_heads(nope, value, q_pe.shape[2], wkv_b.shape[1]) and ops.reads_weight(wkv_b)):
+        if not (shapes.reads_heads(nope, value, q_pe.shape[2], wkv_b.shape[1]) and ops.reads_weight(wkv_b)):
             attend = attend_absorbed if absorbed else attend_decompressed
             dense = dequantize(wkv_b).unflatten(0, (heads, -1))
             return attend(q_nope, q_pe, cached.narrow(0, 0, self.end), dense, self.scale)

@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hybrid_rt.attention import AttentionContext
 from hybrid_rt.cache import LatentCache
-from hybrid_rt.latent_attention import CachedAttention
+from hybrid_rt.gpu_attention import attention_context
 from hybrid_rt.loader import load_transformer
 from hybrid_rt.rope import softmax_scale
 from hybrid_rt.transformer import Transformer
@@ -181,7 +182,7 @@ class Prover:
         self.cache.length = position
         with self.mode, torch.inference_mode(), _without_library(), device.counting():
             ids = torch.zeros(tokens, dtype=torch.int64)
-            context = CachedAttention(self.cache, tokens, softmax_scale(self.inventory.config))
+            context = attention_context(self.cache, tokens, softmax_scale(self.inventory.config))
             states = self._states(ids, context, layers)
             self.model.head(states[-1:]).float().cpu()
         fixed = self.weight_bytes + self.cache.data.nbytes
@@ -193,7 +194,7 @@ class Prover:
             crossings=tuple(device.crossings),
         )
 
-    def _states(self, ids: Tensor, context: CachedAttention, layers: int | None) -> Tensor:
+    def _states(self, ids: Tensor, context: AttentionContext, layers: int | None) -> Tensor:
         every = self.model.layers
         self.model.layers = every[:layers]
         try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from offload.plan import Plan
 from quant.config import ModelConfig
+from quant.gpu import shapes
 from quant.inventory import CacheFormat
 from quant.packed import BLOCK_K
 
@@ -57,12 +58,18 @@ def device_expert_bytes(config: ModelConfig, plan: Plan) -> int:
 def _workspace(config: ModelConfig, plan: Plan, has_experts: bool) -> int:
     act = F32 if plan.dtype == "float32" else 2
     lengths = (plan.prefill_chunk, min(plan.prefill_chunk, ABSORBED_UP_TO))  # the two forms of attention
-    passes = [_Pass(config, tokens, act, plan.cache_format, has_experts).peak for tokens in lengths]
+    kernels = plan.device == "cuda" and act == 2 and _attends_by_kernels(config, plan)
+    passes = [_Pass(config, tokens, act, plan.cache_format, has_experts, kernels).peak for tokens in lengths]
     logits = config.vocab_size * (act + F32)
     unpacked = 0
     if not plan.on_gpu and plan.cache_format == "int8":  # the CPU unpacks a layer's rows as a whole
         unpacked = plan.context * config.latent_dim * 2 * F32
     return max(*passes, logits) + SMALL_TENSORS + unpacked
+
+
+def _attends_by_kernels(config: ModelConfig, plan: Plan) -> bool:
+    widths = config.qk_nope_head_dim, config.v_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+    return shapes.reads_heads(*widths) and plan.representation(0, "kv_b") != "f32"
 
 
 def host_bytes(config: ModelConfig, chunk: int) -> int:
@@ -105,6 +112,7 @@ class _Pass:
     act: int
     cache: CacheFormat
     has_experts: bool
+    kernels: bool  # whether attention is that of hybrid_rt/gpu_attention.py
 
     @property
     def peak(self) -> int:
@@ -113,7 +121,8 @@ class _Pass:
         angles = tokens * config.qk_rope_head_dim * F32
         beside_all = 2 * x + angles  # the residual stream and its normed copy
         norm = 3 * tokens * config.dim * F32
-        return beside_all + max(norm, self._attention, self._feed_forward)
+        attention = self._attention_by_kernels if self.kernels else self._attention
+        return beside_all + max(norm, attention, self._feed_forward)
 
     @property
     def _attention(self) -> int:
@@ -128,6 +137,33 @@ class _Pass:
         decoding = 3 * wkv_b  # of FP8: the values, their scales and the product
         output = wkv_b + 2 * heads + tokens * config.dim * self.act
         return q + max(turning, q_pe * self.act + latent + max(decoding, wkv_b + attend, output))
+
+    @property
+    def _attention_by_kernels(self) -> int:
+        config, tokens = self.config, self.tokens
+        q_pe = tokens * config.n_heads * config.qk_rope_head_dim
+        q = tokens * config.n_heads * config.qk_head_dim * self.act
+        heads = tokens * config.n_heads * config.v_head_dim * self.act
+        latent = tokens * config.latent_dim * self.act
+        few = tokens <= ABSORBED_UP_TO
+        attend = heads + (self._absorbed_by_kernels if few else self._decompressed_by_kernels)
+        turning = 3 * q_pe * F32
+        return q + max(turning, q_pe * self.act + max(latent + attend, heads + tokens * config.dim * self.act))
+
+    @property
+    def _absorbed_by_kernels(self) -> int:
+        config, rows = self.config, self.config.n_heads * self.tokens
+        splits = shapes.decode_splits(self.tokens, config.n_heads, self.cache == "int8")
+        return rows * (2 * config.kv_lora_rank * self.act + splits * (config.kv_lora_rank + 2) * F32)
+
+    @property
+    def _decompressed_by_kernels(self) -> int:
+        """Latents and what they are decompressed to, of two rounds."""
+        config, rows = self.config, self.config.n_heads * self.tokens
+        wide = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        unpacked = 2 * config.kv_lora_rank * F32 if self.cache == "int8" else 0
+        block = shapes.KEY_BLOCK * (2 * (config.kv_lora_rank + wide) * self.act + unpacked)
+        return block + rows * (config.v_head_dim + 2) * F32
 
     @property
     def _decompressed(self) -> int:

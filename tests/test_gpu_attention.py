@@ -16,9 +16,12 @@ from hybrid_rt.transformer import Transformer
 from offload.backend import CpuBackend
 from offload.experts import ExpertBuffers
 from offload.graphs import GraphingBackend
+from offload.machine import load_machine
 from offload.order import violations
-from offload.planner import Budget, make_plan
+from offload.parts import Budget
+from offload.planner import Planning, make_plan
 from offload.recording import RecordingBackend
+from offload.this_machine import TYPICAL
 from quant.checkpoint import Checkpoint
 from quant.formats import QuantTensor
 from tests.test_order import Tape
@@ -46,14 +49,15 @@ class Model:
         self.tape = Tape(self.recorder)
         self.backend = GraphingBackend(self.recorder, self.tape)
         budget = Budget("cpu", 0, 2**40, 512, "float32")
-        plan = make_plan(source.inventory, lambda spec: source.representations(spec.name), budget)
+        available, machine = lambda spec: source.representations(spec.name), load_machine(TYPICAL)
+        plan = make_plan(Planning(source.inventory, available, budget, machine))
         buffers = ExpertBuffers(source.config, self.backend, TOKENS)
         parts = (source, plan, torch.float32, self.backend, buffers)
         self.usual = Transformer(source.config, StoredParts(*parts), torch.float32, 0).eval()
         self.device = Transformer(source.config, AsStored(*parts), torch.float32, 0).eval()
 
     def cache(self) -> LatentCache:
-        return LatentCache(self.config, 512, torch.float32, self.backend)
+        return LatentCache(self.config, 512, "float32", self.backend)
 
     def run(self, ids: torch.Tensor, cache: LatentCache, on_device: bool = True) -> torch.Tensor:
         context = DeviceAttention if on_device else CachedAttention

@@ -103,7 +103,7 @@ def r1_layer(tokens: int, in_bytes: bool) -> Iterator[tuple[Block, Callable[[], 
     with FakeTensorMode(), torch.inference_mode():
         parts = FakeParts(config, tokens)
         block = Block(config, LAYER, parts)
-        cache = LatentCache(config, CONTEXT, torch.bfloat16, parts.backend)
+        cache = LatentCache(config, CONTEXT, "bfloat16", parts.backend)
         if in_bytes:
             cache.data = torch.empty(config.n_layers, CONTEXT, 656, dtype=torch.uint8, device="cuda")
         cache.length = CONTEXT - tokens

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.formats import QuantTensor
 from quant.gpu import reference, shapes
-from quant.packed import PACKED_FORMATS, TILE_ROWS, ExpertRecord
+from quant.packed import PACKED_FORMATS, ExpertRecord
 
 WEIGHT = "Tensor data, Tensor? weight_scale, str format"
 _library = torch.library.Library("dsr1", "FRAGMENT")
@@ -34,6 +34,9 @@ _library.define(
     "gpu_experts(Tensor x, Tensor weights, Tensor records, Tensor here, Tensor block_experts, Tensor slots, "
     "str format, int inter_dim, Tensor(a!) hidden, Tensor(b!) outputs) -> Tensor"
 )
+
+
+_library.define("gpu_latents(Tensor cached, int lora) -> Tensor")
 
 
 @cache
@@ -57,11 +60,6 @@ def linear(x: Tensor, weight: QuantTensor) -> Tensor:
     stored = weight.data, weight.scale, weight.format.name
     out: Tensor = torch.ops.dsr1.gpu_linear.default(x, *stored, rows, columns, partial)
     return out
-
-
-def reads_heads(nope: int, value: int, rope: int, lora: int) -> bool:
-    """Whether attention's kernels take these widths of a head: powers of 2 from 16 on, as in all published models."""
-    return all(size >= TILE_ROWS and size & (size - 1) == 0 for size in (nope, value, rope, lora))
 
 
 def attend_absorbed(
@@ -92,8 +90,7 @@ def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, weight: Qu
     out, q_pe = q_nope.new_empty(tokens, heads, value), q_pe.contiguous()
     for first in range(0, cached.shape[0], shapes.KEY_BLOCK):
         block = cached.narrow(0, first, min(shapes.KEY_BLOCK, cached.shape[0] - first))
-        latents = reference.cache_latents(block, lora)
-        latents = latents.clone(memory_format=torch.contiguous_format)  # of a cache of floats it was a view
+        latents = torch.ops.dsr1.gpu_latents.default(block, lora)
         kv = linear(latents if latents.dtype == q_nope.dtype else latents.to(q_nope.dtype), weight).view(
             -1, heads, nope + value
         )
@@ -235,6 +232,24 @@ def _check_cache(cached: Tensor, lora: int, rope: int) -> None:
             f"a cache of {lora} latents and {rope} rope values is not {cached.dtype} {tuple(cached.shape)}"
         )
 
+
+def _latents(cached: Tensor, lora: int) -> Tensor:
+    """[N, lora] of cache rows, contiguous; of an 8-bit cache as bfloat16."""
+    latents = reference.cache_latents(cached, lora)
+    return latents.to(torch.bfloat16) if cached.dtype == torch.uint8 else latents.contiguous()
+
+
+def _fake_latents(cached: Tensor, lora: int) -> Tensor:
+    """Of an 8-bit cache, codes and products in float32 live at a time."""
+    if cached.dtype != torch.uint8:
+        return cached.new_empty(len(cached), lora)
+    cached.new_empty(2 * len(cached), lora, dtype=torch.float32)
+    return cached.new_empty(len(cached), lora, dtype=torch.bfloat16)
+
+
+_library.impl("gpu_latents", _latents, "CPU")
+_library.impl("gpu_latents", _latents, "CUDA")
+torch.library.register_fake("dsr1::gpu_latents", _fake_latents, lib=_library)
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "linear": _fake_linear,

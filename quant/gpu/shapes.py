@@ -6,6 +6,8 @@ choice compiles for sm_80 to sm_120 without spills and in 99 KiB of shared memor
 
 from dataclasses import dataclass
 
+from quant.packed import TILE_ROWS
+
 PACKED_CODES = {"fast": 0, "accurate": 1, "q8": 2}  # numbers of weight_tiles.py
 FP8_CODE, FP8_NATIVE_CODE, BF16_CODE = 3, 4, 5
 NATIVE_FP8_FROM = (8, 9)  # compute capability whose instructions know E4M3
@@ -37,6 +39,11 @@ DECODE_BF16 = Config(32, 32, 8, 2)  # heads, cached tokens
 DECODE_BF16_FEW_HEADS = Config(16, 32, 4, 2)
 DECODE_BYTES = Config(16, 32, 8, 2)
 PREFILL = Config(128, 32, 8, 2)  # queries, keys
+
+
+def reads_heads(nope: int, value: int, rope: int, lora: int) -> bool:
+    """Whether attention's kernels take these widths of a head: powers of 2 from 16 on, as in all published models."""
+    return all(size >= TILE_ROWS and size & (size - 1) == 0 for size in (nope, value, rope, lora))
 
 
 def linear_config(tokens: int) -> Config:
