@@ -70,7 +70,9 @@ def quantize(
     dst: Annotated[
         str | None, typer.Argument(help="Folder of the store; a conversion that was stopped there goes on.")
     ] = None,
-    recipe: Annotated[str, typer.Option(metavar="NAME", help="accurate, fast or q8.")] = "accurate",
+    recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="fast, balanced, accurate, q8, or a TOML file.")] = (
+        "balanced"
+    ),
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Convert nothing: compare the checksums of a store.")
@@ -100,7 +102,8 @@ def plan(
     ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM. Default: what is available here.")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens a conversation may hold.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Plan for the store that `dsr1 quantize --recipe NAME` makes.")
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Plan for the store that `dsr1 quantize --recipe NAME` makes."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or emulate.")] = "auto",
     residency: Annotated[

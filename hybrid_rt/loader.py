@@ -95,7 +95,7 @@ class StoredParts:
         placement = self.plan.placement(layer, "routed_expert")
         if placement.residency == "mapped" or not isinstance(self.source, Store):
             return layer_experts(self.source, layer)
-        span, record = self.source.expert_span(layer), self.source.record
+        span, record = self.source.expert_span(layer), self.source.record(layer)
         report = self.meter.of(span.path.name)
         experts: PackedExperts | NodeExperts
         if placement.residency == "copied":
@@ -126,7 +126,7 @@ class StoredParts:
 def layer_experts(source: Source, layer: int) -> list[ExpertWeights] | PackedExperts:
     """The routed experts of a layer, as views of the mapped files."""
     if isinstance(source, Store):
-        return PackedExperts(source.expert_records(layer), source.record)
+        return PackedExperts(source.expert_records(layer), source.record(layer))
     return [_expert(source, f"layers.{layer}.ffn.experts.{expert}") for expert in range(source.config.n_routed_experts)]
 
 

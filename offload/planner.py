@@ -27,8 +27,9 @@ from offload.workspace import host_bytes, workspace_bytes
 from quant.config import ModelConfig
 from quant.errors import ContextError, UsageError
 from quant.inventory import Inventory, TensorSpec, cache_bytes
-from quant.packed import PACKED_FORMATS, ExpertRecord, reads_heads
-from quant.recipes import DEFAULT_RECIPE, RECIPES, representations, stored_bytes
+from quant.packed import PACKED_FORMATS, reads_heads
+from quant.recipes import DEFAULT_RECIPE, RECIPES
+from quant.store_formats import ExpertFormats, representations, stored_bytes
 
 DEFAULT_CONTEXT = 32768
 PREFILL_CHUNKS = (512, 256, 128)  # tokens; the smaller ones where GPU memory is short
@@ -92,7 +93,7 @@ def choose_residency(
     node_bytes: what each node has left. Raises UsageError for an unknown name, PlanError for what cannot be.
     """
     residency, forms = _parse_residency(asked), _expert_forms(inventory, available)
-    if any(form.representation not in PACKED_FORMATS for form in forms):
+    if not all(_is_packed(form.representation) for form in forms):
         if residency in (None, "mapped"):
             return "mapped"
         raise PlanError(
@@ -189,10 +190,15 @@ def _tier(component: PlanComponent, device: Device, is_mtp: bool) -> Tier:
 def _form(config: ModelConfig, specs: Sequence[TensorSpec], chosen: Sequence[str]) -> _Form:
     """The tensors `specs` of a component in their `chosen` representations; packed experts are whole records."""
     name = "+".join(dict.fromkeys(chosen))
-    if specs[0].component == "routed_expert" and name in PACKED_FORMATS:
-        record = ExpertRecord(PACKED_FORMATS[name], config.dim, config.moe_inter_dim)
-        return _Form(name, config.n_routed_experts * record.nbytes)
+    if specs[0].component == "routed_expert" and _is_packed(name):
+        gate, _, down = (PACKED_FORMATS[one] for one in chosen[:3])  # the first expert's w1, w3 and w2
+        record = ExpertFormats(gate, down).record(config.dim, config.moe_inter_dim)
+        return _Form(record.format_name, config.n_routed_experts * record.nbytes)
     return _Form(name, sum(stored_bytes(one, spec.shape) for spec, one in zip(specs, chosen, strict=True)))
+
+
+def _is_packed(representation: str) -> bool:
+    return all(name in PACKED_FORMATS for name in representation.split("+"))
 
 
 def _drafts(inventory: Inventory, available: Available, budget: Budget, notes: tuple[str, ...] = ()) -> Iterator[Plan]:
@@ -290,8 +296,8 @@ def _explain(smallest: Plan, inventory: Inventory, budget: Budget) -> str:
     shortages, advice = _shortages(smallest), []
     if context := min(shortage.context_that_fits(budget.context) for shortage in shortages):
         advice.append(f"--context {context} fits")
-    recipe = RECIPES[DEFAULT_RECIPE]
-    *_, store = _drafts(inventory, lambda spec: representations(spec, recipe), budget)
+    formats = RECIPES[DEFAULT_RECIPE].of(inventory.config)
+    *_, store = _drafts(inventory, lambda spec: representations(spec, formats), budget)
     if _fits(store):
         advice.append("the 4-bit store that `dsr1 quantize` makes of the published checkpoint fits")
     needs = " and ".join(f"{shortage.option} {ceil(shortage.needed / 2**30)}G" for shortage in shortages)

@@ -7,7 +7,6 @@ the first file that is not there, and the store is the same to the byte.
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,11 +17,12 @@ from quant.errors import CheckpointError, StoreError
 from quant.files import new_file, sha256_of
 from quant.formats import FORMATS, FP8_BLOCK, FP8_BLOCK_SIDE, QuantTensor
 from quant.journal import check_target, conversion
-from quant.manifest import MANIFEST_NAME, FileRecord, Manifest
-from quant.packed import PACKED_FORMATS, PackedFormat
+from quant.manifest import MANIFEST_NAME, FileRecord, Manifest, formats_fingerprint
+from quant.packed import PACKED_FORMATS, ExpertRecord
 from quant.progress import Meter, Progress
-from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe
+from quant.recipes import DEFAULT_RECIPE, find_recipe
 from quant.safetensors_writer import FilePlan, write_safetensors
+from quant.store_formats import StoreFormats
 from quant.store_layout import STORE_VERSION, StoreEntry, plan_store
 
 STRIP_WEIGHTS = 1 << 24  # 64 MiB in float32, and enough rows to keep many cores busy
@@ -50,18 +50,18 @@ def convert(
 
     Raises StoreError if the folder cannot take it, and CheckpointError for a weight that is not a number.
     """
-    recipe = replace(find_recipe(recipe_name), embedding=_embedding_format(source))
-    plans = plan_store(source.inventory, recipe)
+    formats = find_recipe(recipe_name).of(source.inventory.config, _embedding_format(source))
+    plans = plan_store(source.inventory, formats)
     copies = copied_files(source.folder)
     check_target(folder)
     _check_space(folder, plans)
     total = sum(plan.nbytes for plan in plans.values()) + sum(copies.values())
     meter = Meter(total, progress)
-    with conversion(folder, _task(source, recipe, copies)):
+    with conversion(folder, _task(source, formats, copies)):
         files = {name: _copy(source.folder / name, folder / name, meter) for name in copies}
         for name, plan in plans.items():
             files[name] = _write(source, folder / name, plan, meter)
-        manifest = Manifest(recipe, len(source.mtp_layers), files)
+        manifest = Manifest(formats, len(source.mtp_layers), files)
         with new_file(folder / MANIFEST_NAME) as file:
             file.write(manifest.to_json())
     return manifest
@@ -79,12 +79,12 @@ def _embedding_format(source: Checkpoint) -> str:
     return max(source.weight(name).format.name for name in names)  # "bf16" < "f32"
 
 
-def _task(source: Checkpoint, recipe: Recipe, copies: Iterable[str]) -> dict[str, str]:
+def _task(source: Checkpoint, formats: StoreFormats, copies: Iterable[str]) -> dict[str, str]:
     """What the journal says of a conversion."""
     return {
         "version": str(STORE_VERSION),
         "encoder": _encoder_fingerprint(),
-        "recipe": recipe.name,
+        "recipe": f"{formats.recipe} {formats_fingerprint(formats)}",
         "source": fingerprint(source, copies),
     }
 
@@ -147,27 +147,23 @@ def _is_written(path: Path, plan: FilePlan[StoreEntry]) -> bool:
 
 def stored_values(source: Checkpoint, entry: StoreEntry) -> Iterator[memoryview]:
     """The bytes of one entry of a store, in pieces."""
-    fmt = PACKED_FORMATS.get(entry.representation)
-    if not entry.record_bytes:
+    if entry.record is None:
         [spec] = entry.specs
         yield from _tensor_values(source, spec.name, entry.representation)
         return
-    assert fmt is not None
     for first in range(0, len(entry.specs), MATRICES):
         names = [spec.name for spec in entry.specs[first : first + MATRICES]]
-        yield from _record_values(source, names, fmt, entry.record_bytes)
+        yield from _record_values(source, names, entry.record)
 
 
-def _record_values(
-    source: Checkpoint, names: Iterable[str], fmt: PackedFormat, record_bytes: int
-) -> Iterator[memoryview]:
+def _record_values(source: Checkpoint, names: Iterable[str], record: ExpertRecord) -> Iterator[memoryview]:
     """One expert: gate, up and down, filled up with zeros."""
     used = 0
-    for name in names:
+    for name, fmt in zip(names, (record.format, record.format, record.down_format), strict=True):
         for piece in _tensor_values(source, name, fmt.name):
             used += len(piece)
             yield piece
-    yield memoryview(bytes(record_bytes - used))
+    yield memoryview(bytes(record.nbytes - used))
 
 
 def _tensor_values(source: Checkpoint, name: str, representation: str) -> Iterator[memoryview]:

@@ -18,8 +18,9 @@ from quant.config import ModelConfig, parse_config
 from quant.errors import ContextError, DeviceError, UsageError
 from quant.inventory import Inventory, TensorSpec
 from quant.packed import ACCURATE, Q8
-from quant.recipes import RECIPES, representations
+from quant.recipes import RECIPES
 from quant.shapes import KNOWN_MODELS, known_shape, shape_of
+from quant.store_formats import representations
 from tests.tiny_checkpoint import RAGGED, tiny_config
 
 GIB = 2**30
@@ -33,11 +34,11 @@ def config_of(hub_id: str) -> ModelConfig:
     return shape.config
 
 
-def plan_for(config: ModelConfig, budget: Budget, recipe: str = "accurate") -> Plan:
-    return make_plan(Inventory.of(config), lambda spec: representations(spec, RECIPES[recipe]), budget)
+def plan_for(config: ModelConfig, budget: Budget, recipe: str = "balanced") -> Plan:
+    return make_plan(Inventory.of(config), lambda spec: representations(spec, RECIPES[recipe].of(config)), budget)
 
 
-def plan_r1(gpu: float, ram: float, context: int, device: str = "cuda", recipe: str = "accurate") -> Plan:
+def plan_r1(gpu: float, ram: float, context: int, device: str = "cuda", recipe: str = "balanced") -> Plan:
     return plan_for(config_of(R1), Budget(device, int(gpu * GIB), int(ram * GIB), context), recipe)  # type: ignore[arg-type]
 
 
@@ -177,7 +178,7 @@ def choose(asked: str | None, nodes: list[int], published: bool = False) -> tupl
     notes: list[str] = []
 
     def available(spec: TensorSpec) -> tuple[str, ...]:
-        return spec.representations[:1] if published else representations(spec, RECIPES["accurate"])
+        return spec.representations[:1] if published else representations(spec, RECIPES["balanced"].of(TINY_CONFIG))
 
     return choose_residency(asked, Inventory.of(TINY_CONFIG), available, nodes, notes), notes
 
@@ -280,7 +281,7 @@ def test_a_plan_as_json_has_its_sums_and_stays_the_same() -> None:
 
 
 def test_records_of_experts_are_whole_pages() -> None:
-    for fmt, recipe in ((ACCURATE, "accurate"), (Q8, "q8")):
+    for fmt, recipe in ((ACCURATE, "balanced"), (Q8, "q8")):
         plan = plan_for(TINY_CONFIG, Budget("cpu", 0, GIB, 256), recipe)
         record = -(-3 * fmt.block_bytes * 8 * 2 // 4096) * 4096  # 8 tiles of 2 blocks each, three matrices
         assert plan.placement(1, "routed_expert").nbytes == 16 * record
