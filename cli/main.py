@@ -166,6 +166,14 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, downloaded Hub id, or built-in name.")],
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="Reference to compare with.")] = None,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="Text to predict, UTF-8.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare with what --save-reference wrote, on its text.")
+    ] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the 64 likeliest tokens of each prediction there.")
+    ] = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Solve nano-r1's held-out problems instead.")] = False,
+    problems: Annotated[int, typer.Option(metavar="N", min=2, help="Problems of each task.")] = 1000,
     window: Annotated[int | None, typer.Option(metavar="N", min=2, help="Tokens of a window. Default: 512.")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens that the cache holds.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
@@ -175,9 +183,12 @@ def evaluate(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure how well a model predicts a text, and how far it is from the model that it was made from."""
-    from cli.eval import measure
+    from cli.eval import EvalOptions, measure
 
-    measure(model, against, text, window, context, threads, dtype, json)
+    options = EvalOptions(
+        against, text, reference, save_reference, tasks, problems, window, context, threads, dtype, json
+    )
+    measure(model, options)
 
 
 def chat_on_terminal(options: RunOptions) -> None:
