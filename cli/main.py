@@ -73,6 +73,12 @@ def quantize(
     recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="fast, balanced, accurate, q8, or a TOML file.")] = (
         "balanced"
     ),
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Run this text through the model to see which columns count.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take an importance matrix of llama.cpp instead.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Convert nothing: compare the checksums of a store.")
@@ -92,7 +98,7 @@ def quantize(
         raise typer.BadParameter("give the folder of the store after the checkpoint")
     from cli.quantize import quantize as convert
 
-    convert(src, dst, recipe, jobs, json)
+    convert(src, dst, recipe, jobs, json, calibrate, imatrix)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.escape import escape, say
+from cli.report import show_report
 from offload.hardware import choose_device, usable_ram
 from offload.plan import Plan
 from offload.planner import Available, Budget, choose_context, choose_residency, make_plan
@@ -69,7 +70,9 @@ def plan(
         return
     for note in notes:
         say(note)
-    show(made, subject.title, Console(highlight=False, markup=False))
+    console = Console(highlight=False, markup=False)
+    show(made, subject.title, console)
+    show_report(Path(model).expanduser(), console)
 
 
 def find_subject(model: str, recipe: Recipe | None) -> Subject:

@@ -30,6 +30,14 @@ class StoreEntry(NewTensor):
     specs: tuple[TensorSpec, ...] = ()
     record: ExpertRecord | None = None
 
+    @property
+    def packed(self) -> list[tuple[TensorSpec, str]]:
+        """The packed tensors, and the name of the format of each."""
+        if self.record is not None:
+            down = self.record.down_format.name
+            return [(spec, down if spec.name.endswith(".w2") else self.record.format.name) for spec in self.specs]
+        return [(spec, self.representation) for spec in self.specs if self.representation in PACKED_FORMATS]
+
 
 def plan_store(inventory: Inventory, formats: StoreFormats) -> dict[str, FilePlan[StoreEntry]]:
     """The safetensors files of a store, by name, layers first."""
