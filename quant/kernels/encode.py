@@ -171,7 +171,7 @@ def _make_put_codes(nearest_code, bits):  # type: ignore[no-untyped-def]
 def _make_measure(nearest_level):  # type: ignore[no-untyped-def]
     @inner
     def measure(x, columns, group, scale, table, sums):  # type: ignore[no-untyped-def]
-        """Add a group's Σ x², Σ off², Σ c x² and Σ c off² to the four vectors at address `sums`."""
+        """Add to the four vectors at address `sums`, of `group` columns, Σ x², Σ off², Σ c x² and Σ c off²."""
         inverse, counts = _over(fill(ONE), scale), floats(columns, (group,))
         own, off_own, counted, off_counted = (
             load(sums),
@@ -254,7 +254,7 @@ def _encode_one_scale(x, columns, power, table, anchors, measured, block):  # ty
     d = best * (fill(ONE) / power)
     _put_bytes(x, BLOCK_K, _over(fill(ONE), d), table, block + LINE)
     if measured:
-        _measure_even(x, columns, BLOCK_K, d, table, x + SUMS)
+        _measure_even(x, columns, measured, d, table, x + SUMS)
 
 
 @inner
@@ -359,7 +359,8 @@ def _make_encode_two_scales(fit, put_codes, measure, group, two_lines):  # type:
             lines = block + header_bytes + g * group * TILE_ROWS // 2
             put_codes(x + g * group * VECTOR, group, _over(fill(ONE), scale), table, lines)
             if measured:
-                measure(x + g * group * VECTOR, columns + g * group * 4, group, scale, table, x + SUMS)
+                width = max(0, min(group, measured - g * group))
+                measure(x + g * group * VECTOR, columns + g * group * 4, width, scale, table, x + SUMS)
 
     return encode_two_scales
 
@@ -414,7 +415,7 @@ def _encode_block(x, counts, power, table, code, anchors, measured, target):  # 
 
 @inner
 def _part(weight, rules, out, scratch, columns, errors, n, k, code, anchors, part, parts):  # type: ignore[no-untyped-def]
-    table, measured = floats(rules, (TABLE_SIZE,)), errors != 0
+    table = floats(rules, (TABLE_SIZE,))
     x, totals = scratch + part * SCRATCH_BYTES, doubles(errors + part * SUM_COUNT * 8, (SUM_COUNT,))
     first_tile, end_tile = share((n + TILE_ROWS - 1) // TILE_ROWS, part, parts)
     blocks = (k + BLOCK_K - 1) // BLOCK_K
@@ -424,6 +425,7 @@ def _part(weight, rules, out, scratch, columns, errors, n, k, code, anchors, par
             column = block * BLOCK_K
             _open_block(weight + (row * k + column) * 4, min(TILE_ROWS, n - row), min(BLOCK_K, k - column), k, x)
             power, target = _normalise(x), out + (tile * blocks + block) * BLOCK_BYTES[code]
+            measured = min(BLOCK_K, k - column) if errors != 0 else 0  # columns; filling is left out
             if measured:
                 _clear_sums(x)
             _encode_block(x, columns + column * 4, power, table, code, anchors, measured, target)
