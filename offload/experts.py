@@ -116,7 +116,8 @@ class CpuExperts:
         if tokens > buffers.max_tokens:
             raise ValueError(f"{tokens} tokens do not fit expert buffers for {buffers.max_tokens}; pass smaller chunks")
         if backend.is_host:
-            return self._submit_on_host(as_float32(x), ids.to(torch.int64), as_float32(weights), x.dtype)
+            inputs = (as_float32(x, buffers.x[:tokens]), ids.to(torch.int64), as_float32(weights))
+            return self._submit_on_host(inputs, x.dtype)
         inputs = (x.to(torch.float32), ids.to(torch.int64), weights.to(torch.float32))
         pending = Pending(inputs, x.dtype)
         host = (buffers.x[:tokens], buffers.ids[:tokens], buffers.weights[:tokens])
@@ -130,11 +131,12 @@ class CpuExperts:
         buffers.pending = pending
         return pending
 
-    def _submit_on_host(self, x: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype) -> Pending:
-        """The kernel reads its inputs as they are."""
-        out = empty(*x.shape)
+    def _submit_on_host(self, inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Pending:
+        """The kernel reads its inputs as they are; its result is in the buffer only if `sync` converts it."""
+        x, ids, weights = inputs
+        out = empty(*x.shape) if dtype == torch.float32 else self.buffers.out[: x.shape[0]]
         self._launch((x, ids.contiguous(), weights), out)
-        self.buffers.pending = pending = Pending((x, ids, weights), dtype, out)
+        self.buffers.pending = pending = Pending(inputs, dtype, out)
         return pending
 
     def _launch(self, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:

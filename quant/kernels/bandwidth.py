@@ -17,11 +17,11 @@ from torch import Tensor
 from quant.isa import x86_has
 from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner
-from quant.kernels.packed_dot import BYTES, LINE, dot_bytes, prefetch
+from quant.kernels.packed_dot import BYTES, LINE, dot_bytes
 from quant.kernels.packed_tiles import HAS_TILES, PEAK_BYTES, configure_tiles, release_tiles, tile_rounds
 from quant.kernels.threads import call, thread_count
 from quant.kernels.tiles import integers, share
-from quant.kernels.vector import I32, I64, LANES, VI, i64, load_lanes, splat_bits
+from quant.kernels.vector import I32, I64, LANES, VI, i64, load_lanes, prefetch, splat_bits
 
 PAGE = 4096  # bytes; the unit of reading
 STREAMS = 4  # places that are read at the same time, each in pages of its own

@@ -36,6 +36,7 @@ from quant.kernels.vector import (
     VI,
     i64,
     multiply_add,
+    prefetch,
     splat,
     splat_bits,
     splat_float,
@@ -314,6 +315,11 @@ def multiply_high(builder: Any, a: Any, b: Any) -> Any:
     return _call_in_parts(builder, "llvm.x86.avx512.pmulhu.w.512", 1, [a, b])
 
 
+def multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
+    """For AVX-512: a's unsigned bytes times b's signed ones, and the sums of pairs, in 16 bits."""
+    return _call_in_parts(builder, "llvm.x86.avx512.pmaddubs.w.512", 1, [a, b], SHORTS)
+
+
 def dot_bytes(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
     """sums [16] += the products of each lane's four unsigned bytes `weights` and four signed bytes `x`."""
     operands = [sums, builder.bitcast(weights, VI), x]
@@ -371,13 +377,6 @@ def _load(builder: Any, base: Any, offset: int, kind: ir.Type) -> Any:
     loaded = builder.load(builder.inttoptr(builder.add(base, i64(offset)), POINTER), typ=kind)
     loaded.align = 1
     return loaded
-
-
-def prefetch(builder: Any, address: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
-    builder.call(prefetch, [builder.inttoptr(address, POINTER), read, keep, data])
 
 
 _fast, _accurate, _q8 = (make_packed_dot(fmt, 1) for fmt in (FAST, ACCURATE, Q8))

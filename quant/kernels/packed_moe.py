@@ -40,12 +40,14 @@ from quant.kernels.silu import silu_lanes
 from quant.kernels.team import COUNTER_COUNT, Team, barrier, take
 from quant.kernels.tile_unit import use_tile_unit
 from quant.kernels.tiles import floats, integers, share
-from quant.packed import BLOCK_K, TILE_ROWS
+from quant.kernels.vector import prefetch_line
+from quant.packed import BLOCK_K, LINE, TILE_ROWS
 
 TABLE_COLUMNS = 3  # addresses of w1, w3, w2
 BLOCK_TILES = BLOCK_K // TILE_ROWS  # tiles of w1 and of w3 that give one block of hidden
 FEW_PAIRS = 64  # up to here a unit of step 2 is four tiles of w1 and w3, beyond a block's 8
 COLUMN_UNITS = 8  # units of step 3 that each thread gets, if there are enough columns
+OUT_AHEAD = 4  # rows of results between one that is added to and its prefetch
 MOST_TABLES = 4  # of 8 tiles in a unit of step 3
 GATE_UP, DOWN = 0, 1  # counters of the team, two for each node
 MOST_NODES = COUNTER_COUNT // 2
@@ -303,6 +305,9 @@ def _add_down(layer, results, start, count, columns):  # type: ignore[no-untyped
     weights = floats(layer.weights, (layer.tokens * layer.top_k,))
     width = columns[1] - columns[0]
     for row in range(count):
+        later = by_expert[start + min(row + OUT_AHEAD, count - 1)] // layer.top_k
+        for line in range(0, width * 4, LINE):
+            prefetch_line(layer.out + (later * layer.dim + columns[0]) * 4 + line)
         pair = by_expert[start + row]
         values = floats(results + row * RESULTS * 4, (width,))
         out = floats(layer.out + (pair // layer.top_k * layer.dim + columns[0]) * 4, (width,))

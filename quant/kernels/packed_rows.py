@@ -80,7 +80,7 @@ def _dot_rows(inputs, rows, table, out):  # type: ignore[no-untyped-def]
 
 @inner
 def _multiply_with_tiles(inputs, rows, table, out, scratch):  # type: ignore[no-untyped-def]
-    multiply_tiles(inputs, table, rows.first, rows.size, k_blocks(inputs.k), out, scratch)
+    multiply_tiles(inputs, table, rows.first, rows.size, out, scratch)
 
 
 @inner
@@ -101,7 +101,7 @@ def tile_bytes(inputs):  # type: ignore[no-untyped-def]
 def multiply_rows(inputs, rows, table, granted, out, scratch):  # type: ignore[no-untyped-def]
     """out float32 [rows.size rounded up to 4, 128] = rows of inputs times the tiles of a table.
 
-    granted: whether AMX may be used; then rows have no numbers, and those up to the next multiple of 32
+    granted: whether AMX may be used; then rows have no numbers, and those up to the next multiple of 16
     are there, of inputs and of out.
     scratch: packed_tiles.SCRATCH_BYTES.
     """

@@ -55,6 +55,14 @@ def splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), splat_bits(0))
 
 
+def prefetch(builder: Any, address: Any, near: bool = True) -> None:
+    """Ask for the line at an address: into the first-level cache, or only into the second (not `near`)."""
+    kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep, data = (ir.Constant(I32, value) for value in (0, 3 if near else 2, 1))
+    builder.call(function, [builder.inttoptr(address, POINTER), read, keep, data])
+
+
 def tail_mask(builder: Any, count: Any) -> Any:
     """True in the first `count` lanes."""
     lanes = ir.Constant(VI, list(range(LANES)))
@@ -261,6 +269,17 @@ def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def _prefetch_line(typingctx, address):  # type: ignore[no-untyped-def]
+    """Ask for the line at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def _float_of_bits(typingctx, bits):  # type: ignore[no-untyped-def]
     """The float32 with these 32 bits."""
 
@@ -272,4 +291,5 @@ def _float_of_bits(typingctx, bits):  # type: ignore[no-untyped-def]
 
 # The Python signatures of intrinsics have one argument more than their callers give.
 pointer: Any = _pointer
+prefetch_line: Any = _prefetch_line
 float_of_bits: Any = _float_of_bits
