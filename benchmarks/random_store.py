@@ -24,7 +24,6 @@ from tokenizers.models import WordLevel
 from benchmarks.model_setup import BOS, EOS, SHAPES, shape_fields, token_names
 from cli.escape import say
 from quant.config import parse_config
-from quant.convert import MATRICES
 from quant.encoding import encode
 from quant.errors import Dsr1Error
 from quant.files import new_file, sha256_of
@@ -37,7 +36,7 @@ from quant.recipes import Recipe
 from quant.safetensors_writer import write_safetensors
 from quant.store import CONFIG_NAME
 from quant.store_formats import LINEARS, ExpertFormats
-from quant.store_layout import StoreEntry, plan_store
+from quant.store_layout import MATRICES, StoreEntry, plan_store
 
 POOL_TILES = 16  # of each width; matrices are drawn from them
 PIECE_BYTES = 1 << 24

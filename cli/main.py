@@ -57,22 +57,36 @@ def run(
 
 @app.command()
 @takes_run_options
-def chat(options: RunOptions) -> None:
+def chat(
+    options: RunOptions,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the latest conversation.")] = False,
+    session: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Continue the conversation of this name or id.")
+    ] = None,
+) -> None:
     """Talk to a model on the terminal."""
     if not sys.stdin.isatty():
         raise typer.BadParameter("chat needs a terminal; use `dsr1 run -p TEXT` or pipe the text into `dsr1 run`")
-    chat_on_terminal(options)
+    chat_on_terminal(options, resume, session)
 
 
 @app.command()
 def quantize(
-    src: Annotated[str, typer.Argument(help="Published checkpoint: folder, downloaded Hub id, or nano-r1-fp8.")],
+    src: Annotated[str, typer.Argument(help="Published checkpoint: folder, Hub id, or nano-r1-fp8.")],
     dst: Annotated[
         str | None, typer.Argument(help="Folder of the store; a conversion that was stopped there goes on.")
     ] = None,
-    recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="fast, balanced, accurate, q8, or a TOML file.")] = (
-        "balanced"
-    ),
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="fast, balanced (default), accurate, q8, or a TOML file; or see --to."),
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="store; gguf (recipes q4_k, q4_0, q8_0); compressed-tensors (recipes experts, linears).",
+        ),
+    ] = "store",
     calibrate: Annotated[
         Path | None, typer.Option(metavar="TEXT", help="Run this text through the model to see which columns count.")
     ] = None,
@@ -80,6 +94,12 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="Take an importance matrix of llama.cpp instead.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Of a model on the Hub: branch, tag or commit. Default: newest.")
+    ] = None,
+    keep_source: Annotated[
+        bool, typer.Option("--keep-source", help="Leave downloaded shards in the Hub's cache; else they are deleted.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Convert nothing: compare the checksums of a store.")
     ] = False,
@@ -96,9 +116,27 @@ def quantize(
         return
     if dst is None:
         raise typer.BadParameter("give the folder of the store after the checkpoint")
-    from cli.quantize import quantize as convert
+    if to != "store":
+        _refuse_store_options(
+            to,
+            {"--calibrate": calibrate, "--imatrix": imatrix, "--revision": revision, "--keep-source": keep_source},
+        )
+        from cli.export import export
 
-    convert(src, dst, recipe, jobs, json, calibrate, imatrix)
+        export(src, dst, to, recipe, jobs, json)
+        return
+    from cli.quantize import HubOptions
+    from cli.quantize import quantize as convert
+    from quant.recipes import DEFAULT_RECIPE
+
+    convert(src, dst, recipe or DEFAULT_RECIPE, jobs, json, HubOptions(revision, keep_source), calibrate, imatrix)
+
+
+def _refuse_store_options(to: str, given: dict[str, object]) -> None:
+    """Raise UsageError for options that an export would do nothing with."""
+    unused = [name for name, value in given.items() if value]
+    if unused:
+        raise UsageError(f"{' and '.join(unused)} would be without effect with --to {to}; leave out, or write a store")
 
 
 @app.command()
@@ -184,11 +222,23 @@ def evaluate(
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens that the cache holds.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16 or float32.")] = "bfloat16",
+    budgets: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Measure accuracy at these budgets of thinking: 0,64,none.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON lines of question and answer, for --budgets.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw --budgets; needs matplotlib.")] = None,
     isa: IsaOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure how well a model predicts a text, and how far it is from the model that it was made from."""
+    if budgets is not None:
+        from cli.eval_budgets import BudgetOptions, measure_thinking
+
+        measure_thinking(model, BudgetOptions(budgets, questions, plot, context, threads, dtype, json))
+        return
     from cli.eval import EvalOptions, measure
 
     options = EvalOptions(
@@ -197,10 +247,10 @@ def evaluate(
     measure(model, options)
 
 
-def chat_on_terminal(options: RunOptions) -> None:
-    from cli.chat import Chat
+def chat_on_terminal(options: RunOptions, resume: bool = False, session: str | None = None) -> None:
+    from cli.chat.loop import Chat
 
-    Chat(options).loop()
+    Chat(options, resume, session).loop()
 
 
 def main() -> None:

@@ -57,6 +57,16 @@ class RunOptions:
     think_budget: Annotated[int | None, typer.Option(metavar="N", min=0, help="Close the thinking after N tokens.")] = (
         None
     )
+    think_at_least: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Let the thinking not end before N tokens."),
+    ] = None
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep computed tokens on disk, for prompts that begin alike.")
+    ] = True
+    cache_size: Annotated[str, typer.Option(metavar="SIZE", help="Disk that these may take; the oldest go first.")] = (
+        "8G"
+    )
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, or emulate: a GPU of --gpu-mem, counted.")] = (
         "auto"
     )

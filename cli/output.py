@@ -2,17 +2,14 @@
 
 from collections.abc import Iterable
 
-from rich.console import Console
-
 from cli.escape import escape, say
 from hybrid_rt.generation import Step, Timings
 
 
 class AnswerPrinter:
-    """Streams an answer. On a terminal the thinking is dimmed; elsewhere it stands between its tags."""
+    """Streams an answer as plain text, the thinking between its tags."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.thinking = False
         self.answer_begun = False
 
@@ -21,7 +18,7 @@ class AnswerPrinter:
         last = None
         for last in steps:
             self._write(escape(last.text), last.is_thinking)
-        self.console.out("")
+        print()
         if last is not None:
             say(describe(last.timings, last.finish_reason or "stop"))
         return last
@@ -33,14 +30,12 @@ class AnswerPrinter:
             text = text.lstrip("\n")
             self.answer_begun = bool(text)
         if text:
-            self.console.out(text, end="", style="dim" if is_thinking else None, highlight=False)
-            self.console.file.flush()
+            print(text, end="", flush=True)
 
     def _turn(self, is_thinking: bool) -> None:
         """Mark where thinking begins or ends."""
         self.thinking = is_thinking
-        tag = "<think>\n" if is_thinking else "</think>\n\n"
-        self.console.out("\n" if self.console.is_terminal and not is_thinking else tag, end="", style="dim")
+        print("<think>\n" if is_thinking else "</think>\n\n", end="")
 
 
 def describe(timings: Timings, finish_reason: str) -> str:

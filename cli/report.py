@@ -32,7 +32,7 @@ def show_report(folder: Path, console: Console) -> None:
 
 def _cells(line: Line, weighted: bool) -> list[str]:
     errors = [line.nmse, line.weighted_nmse] if weighted else [line.nmse]
-    shown = ["?" if error is None else f"{error:.2e}" for error in errors]
+    shown = [f"{error or 0.0:.2e}" for error in errors]
     return [format_size(line.nbytes), f"{line.bits_per_weight:.3g}", *shown]
 
 

@@ -13,9 +13,14 @@ from cli.options import RunOptions
 from cli.output import AnswerPrinter
 from cli.plan import show
 from cli.quantize import shown_progress
+from cli.terminal.answer import AnswerView, stats
+from cli.terminal.screen import Screen
 from hybrid_rt.engine import Engine
 from hybrid_rt.generation import Completion, collect
+from hybrid_rt.latent_store import BLOCK, LatentStore
 from hybrid_rt.sampling import Sampling
+from hybrid_rt.session import Session
+from offload.sizes import format_size, parse_size
 from quant.errors import Dsr1Error
 
 
@@ -26,11 +31,44 @@ def answer(options: RunOptions, prompt: str, as_json: bool) -> None:
     engine = load_engine(options)
     sampling = choose_sampling(engine, options)
     ids = engine.prompt_ids(conversation(options, prompt), think=options.think)
-    steps = engine.generate(ids, sampling)
+    session = engine.session()
+    store = latent_store(engine, options) if BLOCK <= len(ids) <= engine.context else None
+    if store:
+        store.restore(session, ids)
     if as_json:
-        print(json.dumps(as_record(collect(steps), sampling)))
+        print(json.dumps(as_record(collect(session.generate(ids, sampling)), sampling)))
     else:
-        AnswerPrinter().show(steps)
+        show_answer(session, ids, sampling)
+    if store:
+        store.keep(session, len(ids), with_tail=False)  # the end of a prompt that is asked once is not met again
+        for note in store.notes:
+            say(note)
+
+
+def show_answer(session: Session, ids: list[int], sampling: Sampling) -> None:
+    """Stream an answer to standard output: laid out on a terminal, as plain text elsewhere."""
+    screen = Screen()
+    if not screen.is_fancy:
+        AnswerPrinter().show(session.generate(ids, sampling))
+        return
+    view = AnswerView(screen)
+    last = view.show(session.generate(ids, sampling, view.reading))
+    if last is not None:
+        screen.line(stats(last.timings, last.finish_reason or "stop", session.engine.context), "dim")
+
+
+def latent_store(engine: Engine, options: RunOptions) -> LatentStore | None:
+    """Where cached tokens are kept, unless the user wants none."""
+    return LatentStore(engine, parse_size(options.cache_size)) if options.cache else None
+
+
+def started(engine: Engine, model: str) -> str:
+    """What runs and where, in one line."""
+    plan = engine.plan
+    sums = [f"RAM {format_size(plan.ram_bytes)} of {format_size(plan.ram_budget)}"]
+    if plan.on_gpu:
+        sums.insert(0, f"GPU {format_size(plan.gpu_bytes)} of {format_size(plan.gpu_budget)}")
+    return f"{model} on {plan.device}: {', '.join(sums)}, context {engine.context:,} tokens"
 
 
 def load_engine(options: RunOptions) -> Engine:
@@ -62,6 +100,7 @@ def choose_sampling(engine: Engine, options: RunOptions) -> Sampling:
         "top_p": options.top_p,
         "max_new_tokens": options.max_new_tokens,
         "think_budget": options.think_budget,
+        "think_at_least": options.think_at_least,
     }
     seed = secrets.randbits(32) if options.seed is None else options.seed
     given = {name: value for name, value in asked.items() if value is not None}

@@ -1,5 +1,6 @@
 """The latent cache: what attention keeps of the tokens it has seen."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,14 +36,16 @@ class LatentCache:
         copy_rows(self.data[layer, start:end], latent)
         return self.data[layer, :end]
 
-    def load(self, latents: torch.Tensor) -> None:
-        """Replace the contents by `latents` [layers, T, kv_lora + rope]."""
-        self.length = latents.shape[1]
-        self.data[:, : self.length] = latents
+    def rows(self, first: int, end: int) -> dict[str, torch.Tensor]:
+        """All that tokens `first` to `end` left here, by name: views [layers, tokens, ...]."""
+        return {"latents": self.data[:, first:end]}
 
-    def valid(self) -> torch.Tensor:
-        """The tokens that are stored: [layers, length, kv_lora + rope]."""
-        return self.data[:, : self.length]
+    def put(self, first: int, rows: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `rows` gave for the tokens from `first` on; they are the last ones then."""
+        count = next(iter(rows.values())).shape[1]
+        for name, own in self.rows(first, first + count).items():
+            own.copy_(rows[name])
+        self.length = first + count
 
 
 @with_cpu_kernel("copy_rows(Tensor(a!) target, Tensor source) -> ()", model_ops.copy_rows)

@@ -7,12 +7,14 @@ conversion comes to it. So no second copy of the model is needed, and memory hol
     mean squares of all layers                              4 E (D + I) a layer
     what is at work: up to 4096 tokens of one expert, or a window's attention
 
-Activations are float32 and weights as they are published.
+Activations are float32 and weights as they are published. The figures are the same to the bit with any number of
+threads: our kernels multiply with all of them; torch's operators, whose sums depend on it, run on one.
 """
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,6 +49,17 @@ def memory_bytes(config: ModelConfig, tokens: int = MOST_TOKENS) -> int:
     """The most memory that a calibration takes, beside mapped files."""
     means = config.n_layers * config.n_routed_experts * (config.dim + config.moe_inter_dim)
     return 4 * (2 * tokens * config.dim + means) + AT_WORK
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch's operators on one thread, of those that are called in this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Sums:
@@ -169,7 +182,7 @@ class Calibration:
 
     def of(self, spec: TensorSpec) -> torch.Tensor | None:
         """As `Importance`. Layers up to the tensor's run now, unless they did."""
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), one_torch_thread():
             found = self._of(spec)
             if found is None and len(spec.shape) == 2 and spec.component not in ("router", "embed"):
                 self._missing.add(spec.name)

@@ -32,7 +32,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises TokenizerError if `source` is not a template."""
-        self.special_tokens = dict(special_tokens)
+        self.source, self.special_tokens = source, dict(special_tokens)
         self._environment = _Environment()
         if len(source) > MAX_SOURCE_CHARS:
             raise TokenizerError(

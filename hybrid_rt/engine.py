@@ -1,5 +1,6 @@
 """An Engine: immutable weights, and the sessions that run on them."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class Engine:
         self.default_sampling = load_sampling(self.folder)
         self.prefill_chunk = buffers.max_tokens
         self.scale = softmax_scale(self.config)
+        self._turn = threading.Lock()  # sessions on several threads share the experts' buffers
 
     @classmethod
     def load(
@@ -115,19 +117,22 @@ class Engine:
     def forward(self, ids: torch.Tensor, cache: LatentCache, hooked: bool = False) -> torch.Tensor:
         """Append up to `prefill_chunk` tokens (int64 [T]) to `cache`; returns their final states [T, dim].
 
-        hooked: whether every module has to be called, because hooks look into it.
+        hooked: whether every module has to be called, because hooks look into it. Threads take turns.
         """
-        try:
-            with self.backend.counting():
-                if len(ids) == 1 and self.backend.is_host and not hooked:
-                    states = self._step(cache).forward(ids, cache)
-                else:
-                    states = self.transformer(ids, CachedAttention(cache, len(ids), self.scale))
-        except BaseException:  # Ctrl+C among others: the next forward pass needs the buffers
-            self.buffers.abandon()
-            raise
-        cache.length += ids.shape[0]
+        with self._turn:
+            try:
+                with self.backend.counting():
+                    states = self._states(ids, cache, hooked)
+            except BaseException:  # Ctrl+C among others: the next forward pass needs the buffers
+                self.buffers.abandon()
+                raise
+            cache.length += ids.shape[0]
         return states
+
+    def _states(self, ids: torch.Tensor, cache: LatentCache, hooked: bool) -> torch.Tensor:
+        if len(ids) == 1 and self.backend.is_host and not hooked:
+            return self._step(cache).forward(ids, cache)
+        return self.transformer(ids, CachedAttention(cache, len(ids), self.scale))
 
     def _step(self, cache: LatentCache) -> TokenStep:
         if cache.step is None:
@@ -165,6 +170,10 @@ class Engine:
         """
         prompt = self.tokenizer.chat_template.render(messages)
         return self.tokenizer.encode(open_thinking(prompt, think))
+
+    def history_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation as the tokens that stand before whatever is asked next."""
+        return self.tokenizer.encode(self.tokenizer.chat_template.render(messages, add_generation_prompt=False))
 
     def check_ids(self, ids: Sequence[int]) -> torch.Tensor:
         """`ids` as int64 [T]. Raises ContextError if there are none or too many, Dsr1Error if one is no token."""

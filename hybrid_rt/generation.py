@@ -10,8 +10,10 @@ import torch
 
 from hybrid_rt.detokenize import Detokenizer
 from hybrid_rt.sampling import Sampler, Sampling
-from hybrid_rt.thinking import Part, ThinkingSplitter, end_of_thinking_ids, starts_inside
+from hybrid_rt.thinking import WAIT, Part, ThinkingSplitter, end_of_thinking_ids, starts_inside
 from hybrid_rt.tokenizer import Tokenizer
+from quant.errors import Dsr1Error
+from quant.progress import Steps, untold
 
 if TYPE_CHECKING:
     from hybrid_rt.session import Session
@@ -87,29 +89,46 @@ class AnswerText:
 
 
 class TokenSource:
-    """The next token: sampled, unless the thinking is over its budget and has to be closed."""
+    """The next token: sampled, unless the thinking is over its budget and has to be closed, or would end too early.
+
+    An early end is replaced by WAIT, upon which the model thinks on ("budget forcing": s1, arXiv 2501.19393,
+    section 3).
+    """
 
     def __init__(self, tokenizer: Tokenizer, sampling: Sampling) -> None:
         self.sampler = Sampler(sampling, tokenizer.vocab_size)
-        self.budget = sampling.think_budget
+        self.budget, self.at_least = sampling.think_budget, sampling.think_at_least or 0
         self.closing = end_of_thinking_ids(tokenizer)
+        self.ends = {tokenizer.think_close_id, *tokenizer.eos_ids}
+        self.waiting = tokenizer.encode(WAIT) if self.at_least else []
         self.forced: deque[int] = deque()
+        if self.at_least and tokenizer.think_close_id is None:
+            raise Dsr1Error("this model ends its thinking with no token of its own; leave out --think-at-least")
 
     def next(self, logits: torch.Tensor, answer: AnswerText) -> int:
-        if self.budget is not None and answer.splitter.is_thinking and answer.thinking_tokens >= self.budget:
-            self.budget = None
-            self.forced.extend(self.closing)
+        if answer.splitter.is_thinking and not self.forced:
+            if self.budget is not None and answer.thinking_tokens >= self.budget:
+                self.budget = None
+                self.forced.extend(self.closing)
+            elif answer.thinking_tokens < self.at_least:
+                return self._think_on(self.sampler.pick(logits))
         return self.forced.popleft() if self.forced else self.sampler.pick(logits)
 
+    def _think_on(self, chosen: int) -> int:
+        if chosen not in self.ends:
+            return chosen
+        self.forced.extend(self.waiting)
+        return self.forced.popleft()
 
-def generate(session: "Session", ids: Sequence[int], sampling: Sampling) -> Iterator[Step]:
+
+def generate(session: "Session", ids: Sequence[int], sampling: Sampling, report: Steps = untold) -> Iterator[Step]:
     """The steps of `Session.generate`."""
     tokenizer = session.engine.tokenizer
     answer, source = AnswerText(tokenizer, ids), TokenSource(tokenizer, sampling)
     session.cancelled = False
     started = time.perf_counter()
     try:
-        known, logits = session.prefill(ids)
+        known, logits = session.prefill(ids, report)
     except CancelledError:
         return
     decode_started = time.perf_counter()

@@ -60,6 +60,6 @@ def _downloaded(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError):
         raise CheckpointError(
-            f"{hub_id} is neither a folder nor in the local Hub cache; download it with `hf download {hub_id}` "
-            "(this version does not download models by itself)"
+            f"{hub_id} is neither a folder nor in the local Hub cache; download it with `hf download {hub_id}`, or "
+            f"make a store of it with `dsr1 quantize {hub_id} DST`, which downloads it bit by bit"
         ) from None

@@ -11,6 +11,7 @@ from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.errors import StoreError
 from quant.kernels.ahead import ENCODING_KERNELS, PACKED_KERNELS, compile_ahead
+from quant.kernels.widen import widen
 from quant.progress import Steps, untold
 from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe
 from quant.store import is_store
@@ -28,7 +29,7 @@ def nano_store(recipe: str | None, compiling: Steps = untold) -> Path:
     if is_store(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    compile_ahead([*PACKED_KERNELS, *ENCODING_KERNELS], compiling)
+    compile_ahead([*PACKED_KERNELS, *ENCODING_KERNELS, widen], compiling)
     own = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         convert(Checkpoint.open(NANO_R1), own, recipe or DEFAULT_RECIPE)

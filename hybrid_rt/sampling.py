@@ -26,7 +26,7 @@ class Sampling:
 
     `temperature` 0 always takes the most likely token; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `max_new_tokens`
     None runs until the model ends or the context is full. `seed` None draws one (see `Sampler.seed`). After
-    `think_budget` tokens of thinking the runtime closes it.
+    `think_budget` tokens of thinking the runtime closes it; before `think_at_least` it does not let it end.
     Raises SamplingError for values out of range.
     """
 
@@ -37,6 +37,7 @@ class Sampling:
     max_new_tokens: int | None = None
     seed: int | None = None
     think_budget: int | None = None
+    think_at_least: int | None = None
 
     def __post_init__(self) -> None:
         _check(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
@@ -60,6 +61,14 @@ class Sampling:
             "think_budget",
             self.think_budget,
             "a whole number of tokens, or None for no limit",
+        )
+        _check(
+            self.think_at_least is None
+            or _is_count(self.think_at_least, 0)
+            and (self.think_budget is None or self.think_at_least <= self.think_budget),
+            "think_at_least",
+            self.think_at_least,
+            "a whole number of tokens, at most the think_budget",
         )
 
 

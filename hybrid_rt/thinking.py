@@ -10,6 +10,7 @@ from hybrid_rt.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
 
 # What ends the reasoning when its budget is spent, in the form in which R1 ends it.
 END_OF_THINKING = f"\n{THINK_CLOSE}\n\n"
+WAIT = "\nWait, "  # what stands in the place of an end that comes too early
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,24 @@ Opening reads headers only. Weights are views of the mapped files.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from quant.config import ModelConfig, load_config
 from quant.errors import CheckpointError
-from quant.formats import BF16, F32, FP8_BLOCK, QuantTensor
+from quant.formats import BF16, F32, FP8_BLOCK, Format, QuantTensor
 from quant.inventory import Inventory, TensorSpec
 from quant.names import IGNORED_SUFFIXES, SCALE_SUFFIX
-from quant.safetensors_file import SafetensorsFile, damaged, parse_json_object
+from quant.safetensors_file import FileSpan, SafetensorsFile, damaged, parse_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FORMAT_OF_DTYPE = {"F8_E4M3": FP8_BLOCK, "BF16": BF16, "F32": F32}
 DTYPE_OF_FORMAT = {fmt.name: dtype for dtype, fmt in FORMAT_OF_DTYPE.items()}
 
-
 Where = Mapping[str, SafetensorsFile]
+OpenFile = Callable[[Path], SafetensorsFile]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,15 +39,16 @@ class Checkpoint:
     _where: Where
 
     @classmethod
-    def open(cls, folder: Path | str) -> "Checkpoint":
+    def open(cls, folder: Path | str, open_file: OpenFile | None = None) -> "Checkpoint":
         """Read config.json, the index and all headers, and compare them with the inventory.
 
-        Raises ConfigError for a model or quantisation that is not supported, and CheckpointError, naming file and
-        tensor, for missing, damaged, contradicting or unknown content.
+        open_file: reads the headers of files that are not in the folder. Raises ConfigError for a model or quantisation
+        that is not supported, and CheckpointError, naming file and tensor, for missing, damaged, contradicting or
+        unknown content.
         """
         folder = Path(folder)
         config = load_config(folder)
-        shards, where = _open_shards(folder)
+        shards, where = _open_shards(folder, open_file)
         config = replace(config, n_mtp_layers=_present_mtp_layers(config, where))
         inventory = Inventory.of(config)
         _check_tensors(inventory, where, folder)
@@ -68,6 +69,16 @@ class Checkpoint:
         source = self.inventory.by_name[name].source
         return (FORMAT_OF_DTYPE[self._where[source].spec(source).dtype].name,)
 
+    def place(self, name: str) -> tuple[Format, FileSpan, FileSpan | None]:
+        """Format of a tensor, where its bytes lie, and where its scales do, if it has any. Raises KeyError."""
+        source = self.inventory.by_name[name].source
+        shard = self._where[source]
+        fmt = FORMAT_OF_DTYPE[shard.spec(source).dtype]
+        if fmt.block is None:
+            return fmt, shard.span(source), None
+        scale = source + SCALE_SUFFIX
+        return fmt, shard.span(source), self._where[scale].span(scale)
+
     def weight(self, name: str, representation: str | None = None) -> QuantTensor:
         """The tensor of our `name`, as a view of the mapped file.
 
@@ -85,14 +96,20 @@ class Checkpoint:
         return QuantTensor(fmt, spec.shape, shard.tensor(spec.source), scale)
 
 
-def _open_shards(folder: Path) -> tuple[tuple[SafetensorsFile, ...], Where]:
+def shard_names(folder: Path) -> list[str]:
+    """Names of the safetensors files that a checkpoint consists of, in order; one if there is no index."""
+    index = folder / INDEX_NAME
+    return sorted(set(_read_index(index).values())) if index.exists() else [SINGLE_NAME]
+
+
+def _open_shards(folder: Path, open_file: OpenFile | None) -> tuple[tuple[SafetensorsFile, ...], Where]:
     """All files of a checkpoint, and the file of each tensor."""
     index = folder / INDEX_NAME
     if index.exists():
-        return _open_indexed(folder, _read_index(index))
-    if not (folder / SINGLE_NAME).exists():
+        return _open_indexed(folder, _read_index(index), open_file)
+    if open_file is None and not (folder / SINGLE_NAME).exists():
         raise CheckpointError(f"{folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; download the model's weights")
-    single = SafetensorsFile.open(folder / SINGLE_NAME)
+    single = (open_file or SafetensorsFile.open)(folder / SINGLE_NAME)
     return (single,), dict.fromkeys(single.names(), single)
 
 
@@ -116,15 +133,17 @@ def _is_inside(file: str) -> bool:
     return bool(parts) and parts[0] != "/" and ".." not in parts and not {"\0", "\\"} & set(file)
 
 
-def _open_indexed(folder: Path, weight_map: Mapping[str, str]) -> tuple[tuple[SafetensorsFile, ...], Where]:
+def _open_indexed(
+    folder: Path, weight_map: Mapping[str, str], open_file: OpenFile | None
+) -> tuple[tuple[SafetensorsFile, ...], Where]:
     shards: dict[str, SafetensorsFile] = {}
     for name, file in weight_map.items():
         if file not in shards:
-            if not (folder / file).exists():
+            if open_file is None and not (folder / file).exists():
                 raise CheckpointError(
                     f"{folder / file} is missing, which holds tensor {name!r} among others; download this file"
                 )
-            shards[file] = SafetensorsFile.open(folder / file)
+            shards[file] = (open_file or SafetensorsFile.open)(folder / file)
         if name not in shards[file].tensors:
             raise damaged(folder / file, f"it lacks tensor {name!r}, which {INDEX_NAME} places there")
     _check_unlisted(shards, weight_map)

@@ -1,37 +1,39 @@
-"""From a published checkpoint to a store: one file after the other, one strip of a matrix after the other.
+"""From a published checkpoint to a store: shard by shard, in pieces of rows, with all cores.
 
-Memory holds a few strips, never a layer. What is finished stays finished: after a kill, the same call continues with
-the first file that is not there, and the store is the same to the byte.
+Memory holds a few pieces a thread, never a layer. What is finished stays finished: after a kill, the same call
+continues with the pieces that are missing, and the store is the same to the byte.
 """
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from quant.checkpoint import Checkpoint
-from quant.encoding import Errors, encode
-from quant.errors import CheckpointError, StoreError
-from quant.files import new_file, sha256_of
-from quant.formats import FORMATS, FP8_BLOCK, FP8_BLOCK_SIDE, QuantTensor
+from quant.conversion_run import ConversionRun
+from quant.encoding import Errors
+from quant.errors import StoreError
+from quant.files import PART_SUFFIX, new_file, sha256_of
 from quant.importance import AllAlike, Importance
-from quant.journal import check_target, conversion
+from quant.journal import Journal, check_target, conversion
 from quant.manifest import MANIFEST_NAME, FileRecord, Manifest, formats_fingerprint
-from quant.packed import PACKED_FORMATS, ExpertRecord
-from quant.progress import Meter, Progress
+from quant.packed import PACKED_FORMATS
+from quant.pieces import Piece, Target, pieces_by_shard, targets_by_file
+from quant.progress import Progress, ignore
 from quant.recipes import DEFAULT_RECIPE, find_recipe
-from quant.report import REPORT_NAME, Stored, make_report
-from quant.safetensors_writer import FilePlan, write_safetensors
+from quant.report import REPORT_NAME, Report, Stored, make_report
+from quant.safetensors_file import FileSpan, SafetensorsFile
+from quant.safetensors_writer import FilePlan
+from quant.shard_reader import ShardReader
+from quant.shards import Shards, known_sha256
+from quant.store_file import StoreFile
 from quant.store_formats import StoreFormats
-from quant.store_layout import STORE_VERSION, StoreEntry, plan_store
+from quant.store_layout import STORE_VERSION, StoreEntry, placements, plan_store
 
-STRIP_WEIGHTS = 1 << 24  # 64 MiB in float32, and enough rows to keep many cores busy
 TAIL_BYTES = 1 << 16  # of each shard, which tell models of one shape apart
-ENCODER_SOURCES = ("packed.py", "packing.py", "encode_reference.py", "encoding.py", "kernels/encode.py")
-MATRICES = 3  # of an expert: gate, up, down
+ENCODER_SOURCES = ("packed.py", "packing.py", "encode_reference.py", "encoding.py", "kernels/encode.py", "pieces.py")
 # What else belongs to a model, copied as it is.
 COPIED = (
     "config.json",
@@ -43,51 +45,52 @@ COPIED = (
 )
 
 
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, its shards, and what tells it from all others (in hexadecimal)."""
+
+    checkpoint: Checkpoint
+    shards: Shards
+    fingerprint: str
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> "Source":
+        """One whose files are all in its folder."""
+        return Source(checkpoint, Shards(), fingerprint(checkpoint))
+
+
 def convert(
-    source: Checkpoint,
+    source: Checkpoint | Source,
     folder: Path,
     recipe_name: str = DEFAULT_RECIPE,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[Progress], None] = ignore,
     importance: Importance | None = None,
 ) -> Manifest:
     """Write the store of `source` into `folder`, or finish one that was begun there. `progress` is called often.
 
     importance: of the columns of matrices, where they do not count alike.
-    Raises StoreError if the folder cannot take it, and CheckpointError for a weight that is not a number.
+    Raises StoreError if the folder cannot take it, and CheckpointError for shards that cannot be had or read, or hold a
+    weight that is not a number.
     """
-    formats = find_recipe(recipe_name).of(source.inventory.config, _embedding_format(source))
-    plans = plan_store(source.inventory, formats)
-    copies, search = copied_files(source.folder), Search(importance or AllAlike(), packed_tensors(plans))
+    source = source if isinstance(source, Source) else Source.of(source)
+    checkpoint, importance = source.checkpoint, importance or AllAlike()
+    formats = find_recipe(recipe_name).of(checkpoint.inventory.config, _embedding_format(checkpoint))
+    plans = plan_store(checkpoint.inventory, formats)
     check_target(folder)
-    _check_space(folder, plans)
-    total = sum(plan.nbytes for plan in plans.values()) + sum(copies.values())
-    meter = Meter(total, progress)
-    with conversion(folder, _task(source, formats, copies, search.importance)):
-        files = {name: _copy(source.folder / name, folder / name, meter) for name in copies}
-        for name, plan in plans.items():
-            files[name] = _write(source, folder / name, plan, search, meter)
-        report = make_report(source.inventory, formats.recipe, search.errors, search.importance.summary())
+    _check_space(folder, plans, source)
+    pieces = pieces_by_shard(checkpoint, (place for name, plan in plans.items() for place in placements(name, plan)))
+    with conversion(folder, _task(source, formats, importance)) as journal:
+        files = {name: _copy(checkpoint.folder / name, folder / name) for name in copied_files(checkpoint.folder)}
+        files |= _write(source, folder, plans, pieces, journal, importance, progress)
+        report = _report(checkpoint, formats.recipe, plans, pieces, journal, importance)
         with new_file(folder / REPORT_NAME) as file:
             file.write(report.to_json())
         files[REPORT_NAME] = FileRecord(file.position, file.sha256)
-        manifest = Manifest(formats, len(source.mtp_layers), files)
+        manifest = Manifest(formats, len(checkpoint.mtp_layers), files)
         with new_file(folder / MANIFEST_NAME) as file:
             file.write(manifest.to_json())
+        source.shards.finish()
     return manifest
-
-
-@dataclass(frozen=True)
-class Search:
-    """importance: of the columns of matrices. errors: of every packed tensor in every format, as far as it is done."""
-
-    importance: Importance
-    errors: Mapping[Stored, Errors]
-
-
-def packed_tensors(plans: Mapping[str, FilePlan[StoreEntry]]) -> dict[Stored, Errors]:
-    """Empty errors for all that is packed, in the order of the store."""
-    entries = [entry for plan in plans.values() for entry in plan.tensors]
-    return {(spec.name, name): Errors() for entry in entries for spec, name in entry.packed}
 
 
 def copied_files(folder: Path) -> dict[str, int]:
@@ -96,20 +99,26 @@ def copied_files(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(found)}
 
 
+def is_copied(name: str) -> bool:
+    """Whether a store takes over a checkpoint's file of that name."""
+    return any(Path(name).match(pattern) for pattern in COPIED) and "/" not in name
+
+
 def _embedding_format(source: Checkpoint) -> str:
     """Float32 only if the checkpoint holds an embedding, the model's or an MTP layer's, in float32."""
     names = ["embed", *(f"layers.{layer}.embed" for layer in source.mtp_layers)]
-    return max(source.weight(name).format.name for name in names)  # "bf16" < "f32"
+    return max(source.place(name)[0].name for name in names)  # "bf16" < "f32"
 
 
-def _task(source: Checkpoint, formats: StoreFormats, copies: Iterable[str], importance: Importance) -> dict[str, str]:
+def _task(source: Source, formats: StoreFormats, importance: Importance) -> dict[str, str]:
     """What the journal says of a conversion."""
     return {
         "version": str(STORE_VERSION),
         "encoder": _encoder_fingerprint(),
         "recipe": f"{formats.recipe} {formats_fingerprint(formats)}",
-        "source": fingerprint(source, copies),
+        "source": source.fingerprint,
         "calibration": importance.identity,
+        **source.shards.task,
     }
 
 
@@ -121,113 +130,126 @@ def _encoder_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def fingerprint(source: Checkpoint, copies: Iterable[str]) -> str:
-    """SHA-256 over the copied files whole, and name, size, header and last bytes of each shard, in hexadecimal."""
+def fingerprint(source: Checkpoint) -> str:
+    """SHA-256 over the copied files and, of each shard, name, size, header and last bytes, in hexadecimal.
+
+    Where the Hub's checksum of a shard is known, it stands for header and last bytes.
+    """
     digest = hashlib.sha256()
-    for name in copies:
+    for name in copied_files(source.folder):
         digest.update(f"{name} {sha256_of(source.folder / name)}\n".encode())
     for shard in source.shards:
         digest.update(f"{shard.path.name} {shard.file_bytes}\n".encode())
-        with shard.path.open("rb") as file:
-            digest.update(file.read(shard.data_start))
-            file.seek(max(shard.data_start, shard.file_bytes - TAIL_BYTES))
-            digest.update(file.read())
+        known = known_sha256(shard.path)
+        digest.update(known.encode() if known else _ends(shard))
     return digest.hexdigest()
 
 
-def _check_space(folder: Path, plans: dict[str, FilePlan[StoreEntry]]) -> None:
-    """Refuse before the first byte what would fill the disk. Temporary files of an earlier run are written over."""
+def _ends(shard: SafetensorsFile) -> bytes:
+    """The header of a file and its last bytes."""
+    tail = max(shard.data_start, shard.file_bytes - TAIL_BYTES)
+    with closing(ShardReader(shard.path, shard.file_bytes)) as reader:
+        head, rest = bytearray(shard.data_start), bytearray(shard.file_bytes - tail)
+        reader.read(FileSpan(shard.path, 0, len(head)), memoryview(head))
+        reader.read(FileSpan(shard.path, tail, len(rest)), memoryview(rest))
+    return bytes(head + rest)
+
+
+Plans = Mapping[str, FilePlan[StoreEntry]]
+Pieces = Mapping[Path, list[Piece]]  # by shard
+
+
+def _check_space(folder: Path, plans: Plans, source: Source) -> None:
+    """Refuse before the first byte what would fill the disk."""
     there = folder if folder.exists() else next(parent for parent in folder.absolute().parents if parent.exists())
-    begun = sum(path.stat().st_size for path in folder.glob("*.safetensors*"))
-    short = sum(plan.nbytes for plan in plans.values()) - begun - shutil.disk_usage(there).free
+    store, begun = sum(plan.nbytes for plan in plans.values()), _bytes_on_disk(folder.glob("*.safetensors*"))
+    shards = source.shards.disk_bytes([shard.path for shard in source.checkpoint.shards])
+    free = shutil.disk_usage(there).free
+    short = store - begun + shards - free
     if short > 0:
+        also = f", and shards of the checkpoint take {_size(shards)} for a while" if shards else ""
+        has = f", of which {_size(begun)} are there" if begun else ""
         raise StoreError(
-            f"the store needs {short / 2**30:.1f} GiB more than the disk of {there} has free; "
-            "free as much, or give a folder on another disk"
+            f"the store takes {_size(store)}{has}{also}, and the disk of {there} has {_size(free)} free, "
+            f"{_size(short)} too little; free as much and give the same command again, or give a folder on another disk"
         )
 
 
-def _copy(source: Path, path: Path, meter: Meter) -> FileRecord:
+def _bytes_on_disk(paths: Iterable[Path]) -> int:
+    """What files take; in parts of a store that are not written yet there are holes."""
+    stats = [path.stat() for path in paths]
+    return sum(getattr(stat, "st_blocks", stat.st_size // 512) * 512 for stat in stats)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def _copy(source: Path, path: Path) -> FileRecord:
     data = source.read_bytes()
-    with new_file(path, meter.of(path.name)) as file:
+    with new_file(path) as file:
         file.write(data)
     return FileRecord(len(data), file.sha256)
 
 
-def _write(source: Checkpoint, path: Path, plan: FilePlan[StoreEntry], search: Search, meter: Meter) -> FileRecord:
-    """Write a file of the store, unless an earlier run has finished it."""
-    report = meter.of(path.name)
-    if _is_written(path, plan):
-        return FileRecord(plan.nbytes, sha256_of(path, report))
-    return FileRecord(
-        plan.nbytes, write_safetensors(path, plan, lambda entry: stored_values(source, entry, search), report)
-    )
+def _write(
+    source: Source,
+    folder: Path,
+    plans: Plans,
+    pieces: Pieces,
+    journal: Journal,
+    importance: Importance,
+    progress: Callable[[Progress], None],
+) -> dict[str, FileRecord]:
+    """Write the files of `plans` that no earlier run has finished; records of all."""
+    targets = targets_by_file(pieces)
+    for name, plan in plans.items():
+        record = _written(folder / name, plan, journal.files.get(name))
+        if record is not None and _is_noted(targets[name], journal):
+            journal.add_file(name, record)
+        else:
+            journal.files.pop(name, None)
+            (folder / name).unlink(missing_ok=True)
+    missing = {name: plan for name, plan in plans.items() if name not in journal.files}
+    files = {name: StoreFile(folder / name, plan, targets[name]) for name, plan in missing.items()}
+    try:
+        ConversionRun(source.checkpoint, source.shards, files, journal, importance, progress).run(pieces)
+    finally:
+        for file in files.values():
+            file.close()
+    for path in folder.glob(f"*{PART_SUFFIX}"):
+        path.unlink()
+    return {name: journal.files[name] for name in plans}
 
 
-def _is_written(path: Path, plan: FilePlan[StoreEntry]) -> bool:
+def _written(path: Path, plan: FilePlan[StoreEntry], known: FileRecord | None) -> FileRecord | None:
+    """The record of a file that an earlier run has finished; `known` if the journal tells of it."""
     if not path.exists() or path.stat().st_size != plan.nbytes:
-        return False
+        return None
     with path.open("rb") as file:
-        return file.read(len(plan.head)) == plan.head
+        if file.read(len(plan.head)) != plan.head:
+            return None
+    return known or FileRecord(plan.nbytes, sha256_of(path))
 
 
-def stored_values(source: Checkpoint, entry: StoreEntry, search: Search) -> Iterator[memoryview]:
-    """The bytes of one entry of a store, in pieces."""
-    if entry.record is None:
-        [spec] = entry.specs
-        yield from _tensor_values(source, spec.name, entry.representation, search)
-        return
-    for first in range(0, len(entry.specs), MATRICES):
-        names = [spec.name for spec in entry.specs[first : first + MATRICES]]
-        yield from _record_values(source, names, entry.record, search)
+def _is_noted(targets: Iterable[Target], journal: Journal) -> bool:
+    """Whether the journal has the errors of all that is packed in a file: it has, unless somebody changed it."""
+    packed = (target for target in targets if target.representation in PACKED_FORMATS)
+    return all(target.key in journal.pieces and journal.pieces[target.key].errors for target in packed)
 
 
-def _record_values(
-    source: Checkpoint, names: Iterable[str], record: ExpertRecord, search: Search
-) -> Iterator[memoryview]:
-    """One expert: gate, up and down, filled up with zeros."""
-    used = 0
-    for name, fmt in zip(names, (record.format, record.format, record.down_format), strict=True):
-        for piece in _tensor_values(source, name, fmt.name, search):
-            used += len(piece)
-            yield piece
-    yield memoryview(bytes(record.nbytes - used))
-
-
-def _tensor_values(source: Checkpoint, name: str, representation: str, search: Search) -> Iterator[memoryview]:
-    if representation in PACKED_FORMATS:
-        columns, errors = search.importance.of(source.inventory.by_name[name]), search.errors[name, representation]
-    for strip in strips(source.weight(name)):
-        if representation not in PACKED_FORMATS:
-            yield _bytes_of(strip.dequantize(FORMATS[representation].dtype))
-            continue
-        try:
-            yield _bytes_of(encode(strip.dequantize(torch.float32), PACKED_FORMATS[representation], columns, errors))
-        except ValueError as error:
-            published = source.inventory.by_name[name].source
-            raise CheckpointError(
-                f"{source.folder}: tensor {published!r} cannot be quantised ({error}); download the model again"
-            ) from None
-
-
-def strips(weight: QuantTensor) -> Iterator[QuantTensor]:
-    """Whole rows of a plain or FP8 tensor, as views: multiples of 128, so that FP8 blocks and row tiles stay whole."""
-    if len(weight.shape) == 1:
-        yield weight
-        return
-    rows, columns = weight.shape
-    step = max(STRIP_WEIGHTS // columns // FP8_BLOCK_SIDE, 1) * FP8_BLOCK_SIDE
-    for start in range(0, rows, step):
-        yield _rows(weight, start, min(start + step, rows))
-
-
-def _rows(weight: QuantTensor, start: int, stop: int) -> QuantTensor:
-    """Rows of a matrix; start: a multiple of 128."""
-    scale = weight.scale
-    if weight.format is FP8_BLOCK and scale is not None:
-        scale = scale[start // FP8_BLOCK_SIDE : -(-stop // FP8_BLOCK_SIDE)]
-    return QuantTensor(weight.format, (stop - start, weight.shape[1]), weight.data[start:stop], scale)
-
-
-def _bytes_of(values: torch.Tensor) -> memoryview:
-    return values.contiguous().view(torch.uint8).numpy().reshape(-1).data
+def _report(
+    checkpoint: Checkpoint, recipe: str, plans: Plans, pieces: Pieces, journal: Journal, importance: Importance
+) -> Report:
+    """What was lost, from what the journal has of all pieces: the same, whoever wrote which piece and when."""
+    errors: dict[Stored, Errors] = {}
+    for plan in plans.values():
+        for entry in plan.tensors:
+            for spec, representation in entry.packed:
+                errors[spec.name, representation] = Errors()
+                importance.of(spec)  # an earlier run may have asked, and the summary is of all
+    for piece in (piece for of_shard in pieces.values() for piece in of_shard):
+        for target in piece.targets:
+            if target.representation in PACKED_FORMATS:
+                errors[piece.spec.name, target.representation].add(journal.pieces[target.key].errors)
+    return make_report(checkpoint.inventory, recipe, errors, importance.summary())

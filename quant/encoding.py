@@ -19,12 +19,10 @@ class Errors:
     """Σ w², Σ e², Σ c w² and Σ c e² of what was encoded: weights w, errors e, and how much their columns count, c."""
 
     def __init__(self) -> None:
-        self.sums = [0.0] * encode_kernel.SUM_COUNT
-        self.measured = False
+        self.sums = (0.0,) * encode_kernel.SUM_COUNT
 
     def add(self, sums: Sequence[float]) -> None:
-        self.sums = [one + other for one, other in zip(self.sums, sums, strict=True)]
-        self.measured = True
+        self.sums = tuple(one + other for one, other in zip(self.sums, sums, strict=True))
 
 
 def encode(
@@ -32,13 +30,14 @@ def encode(
     fmt: PackedFormat,
     importance: torch.Tensor | None = None,
     errors: Errors | None = None,
+    threads: int | None = None,
 ) -> torch.Tensor:
     """A matrix [N, K] of any float dtype, on the CPU, as uint8 [fmt.nbytes((N, K))].
 
     importance: how much squared errors in each column count, float32 [K], such as the mean square of what is multiplied
-    with it (`column_weights`); by default alike. errors: what the errors are added to. Beside its result it needs
-    memory for a strip of rows at a time. ValueError for anything else, and for weights that are NaN, infinite or beyond
-    float32.
+    with it (`column_weights`); by default alike. errors: what the errors are added to. threads: None for as many as
+    pay. Beside its result it needs memory for a strip of rows at a time. ValueError for anything else, and for weights
+    that are NaN, infinite or beyond float32.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or weight.device.type != "cpu":
         what = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
@@ -50,7 +49,7 @@ def encode(
     for first in range(0, tiles(shape), strip_tiles):
         strip = weight[first * TILE_ROWS : (first + strip_tiles) * TILE_ROWS].detach()
         part = out[first * fmt.tile_bytes(shape) :]
-        _encode_strip(strip.to(torch.float32).contiguous(), fmt, columns, part, errors)
+        _encode_strip(strip.to(torch.float32).contiguous(), fmt, columns, part, errors, threads)
     return out
 
 
@@ -70,11 +69,16 @@ def column_weights(importance: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _encode_strip(
-    weight: torch.Tensor, fmt: PackedFormat, columns: torch.Tensor, out: torch.Tensor, errors: Errors | None
+    weight: torch.Tensor,
+    fmt: PackedFormat,
+    columns: torch.Tensor,
+    out: torch.Tensor,
+    errors: Errors | None,
+    threads: int | None,
 ) -> None:
     if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():  # ten times faster than isfinite
         raise ValueError(f"weights that are NaN or infinite in float32 cannot be packed as {fmt.name}")
-    (n, k), parts = weight.shape, parts_for(weight.numel() * WORK)
+    (n, k), parts = weight.shape, threads or parts_for(weight.numel() * WORK)
     table = encode_kernel.search_table(fmt)
     scratch = torch.empty(parts * encode_kernel.SCRATCH_BYTES, dtype=torch.uint8)
     sums = torch.zeros(parts, encode_kernel.SUM_COUNT, dtype=torch.float64)

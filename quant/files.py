@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +14,8 @@ from quant.errors import StoreError
 
 PART_SUFFIX = ".part"
 READ_BYTES = 1 << 24
+
+_position = threading.Lock()  # of files, where reading at a place means going there first
 
 Report = Callable[[int], None]  # told of bytes that are done
 
@@ -58,10 +62,50 @@ def new_file(path: Path, report: Report = ignore) -> Iterator[HashedFile]:
     except OSError as error:
         with suppress(OSError):
             part.unlink()
-        raise StoreError(
-            f"{path} cannot be written ({error.strerror}); check the free space and the permissions of its folder, "
-            "then give the same command again"
-        ) from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> StoreError:
+    """What to tell when the disk refuses."""
+    return StoreError(
+        f"{path} cannot be written ({error.strerror}); check the free space and the permissions of its folder, "
+        "then give the same command again"
+    )
+
+
+def read_at(file: FileIO, buffer: memoryview, begin: int) -> int:
+    """Read from byte `begin` on, as many as the system gives at once; 0 at the end. Threads may do so at once."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [buffer], begin)
+    with _position:
+        file.seek(begin)
+        return file.readinto(buffer) or 0
+
+
+def write_at(file: FileIO, data: memoryview, begin: int) -> int:
+    """Write at byte `begin`, as many as the system takes at once. Threads may do so at once."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file.fileno(), data, begin)
+    with _position:
+        file.seek(begin)
+        return file.write(data) or 0
+
+
+@contextmanager
+def put_in_place(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, of this thread alone, to write a file to; put in place when the body ends well.
+
+    By then it is on the disk. Raises OSError.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PART_SUFFIX}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

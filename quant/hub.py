@@ -3,6 +3,7 @@
 Of a folder, or of the Hub: there a few MB are read instead of hundreds of GB. Nothing here needs torch.
 """
 
+import errno
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
 FORMAT_OF_DTYPE = {"F8_E4M3": "fp8_block", "BF16": "bf16", "F32": "f32"}
 LENGTH_BYTES, MAX_HEADER_BYTES = 8, 100_000_000
+PASSING_STATUS = (408, 425, 429)  # of HTTP errors between 400 and 499, those that pass
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 Dtypes = Mapping[str, str]  # published name -> type, as "BF16"
 
 
@@ -41,7 +44,7 @@ def published_on_hub(hub_id: str) -> Published:
     """Read a model's config.json and headers on the Hub. Raises CheckpointError or ConfigError in a sentence."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    with _hub_errors(hub_id):
+    with hub_errors(hub_id):
         get_hf_file_metadata(hf_hub_url(hub_id, "config.json"))  # fails at once where a download tries again and again
         config = Path(hf_hub_download(hub_id, "config.json"))
         metadata = HfApi().get_safetensors_metadata(hub_id)
@@ -116,27 +119,51 @@ def _dtype(entry: Any) -> str:
     return str(entry.get("dtype")) if isinstance(entry, dict) else json.dumps(entry)[:40]
 
 
-@contextmanager
-def _hub_errors(hub_id: str) -> Iterator[None]:
-    """Tell in a sentence what the Hub, or the way to it, refused."""
+def is_final(error: BaseException) -> bool:
+    """Whether an error of huggingface_hub stays the same however often one asks."""
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError):  # it did not find it here after it could not look there
+        return error.__cause__ is None or is_final(error.__cause__)
+    if isinstance(error, (errors.EntryNotFoundError, errors.OfflineModeIsEnabled, CheckpointError)):
+        return True
+    if isinstance(error, errors.HfHubHTTPError):
+        status = getattr(error.response, "status_code", 0)
+        return 400 <= status < 500 and status not in PASSING_STATUS
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+@contextmanager
+def hub_errors(hub_id: str) -> Iterator[None]:
+    """Tell in a sentence what the Hub, or the way to it, refused."""
     try:
         yield
-    except errors.GatedRepoError:
-        raise CheckpointError(
-            f"{hub_id} is gated; accept its terms on its page on the Hub and log in with `hf auth login`"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise CheckpointError(
-            f"there is no model {hub_id} on the Hub, or it is private; check the name, or log in with `hf auth login`"
-        ) from None
-    except errors.EntryNotFoundError:
-        raise CheckpointError(f"{hub_id} has no config.json, so it is not a model that this version knows") from None
-    except errors.NotASafetensorsRepoError:
-        raise CheckpointError(f"{hub_id} has no safetensors files; give a model that is published in them") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # the HTTP library beneath, and so its errors, differ by version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{hub_id} cannot be looked up on the Hub ({reason}); check the network, or give a folder"
-        ) from None
+        raise CheckpointError(_sentence(hub_id, error)) from None
+
+
+def _sentence(hub_id: str, error: BaseException) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _sentence(hub_id, error.__cause__)
+    for kind, sentence in (
+        (errors.GatedRepoError, "is gated; accept its terms on its page on the Hub and log in with `hf auth login`"),
+        (errors.RevisionNotFoundError, "has no such revision on the Hub; give a branch, a tag or a commit of it"),
+        (errors.NotASafetensorsRepoError, "has no safetensors files; give a model that is published in them"),
+        (errors.OfflineModeIsEnabled, "is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it to download"),
+    ):
+        if isinstance(error, kind):
+            return f"{hub_id} {sentence}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is no model {hub_id} on the Hub, or it is private; check the name, or log in with `hf auth login`"
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{hub_id} has no config.json, so it is not a model that this version knows"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{hub_id} cannot be downloaded ({reason}); free space on that disk, then give the same command again"
+    return f"{hub_id} cannot be looked up on the Hub ({reason}); check the network, or give a folder"

@@ -9,12 +9,23 @@ Steps = Callable[[int, int], None]  # told how many steps of a task are done, of
 
 
 @dataclass(frozen=True)
-class Progress:
-    """file: the one in work. done, total: bytes over all files."""
+class Fetching:
+    """A file that is being downloaded. done, total: its bytes."""
 
     file: str
     done: int
     total: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """file, tensor: in work. done, total: bytes over all files. fetching: what is downloaded meanwhile."""
+
+    file: str
+    done: int
+    total: int
+    tensor: str = ""
+    fetching: Fetching | None = None
 
 
 def ignore(step: Progress) -> None:

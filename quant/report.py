@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.json"
 REPORT_FORMAT, REPORT_VERSION = "dsr1-report", 1
-DIGITS = 6  # that count: sums of another number of threads differ beyond
+DIGITS = 6  # that count
 EXPERT_KINDS = {"w1": "experts gate_up", "w3": "experts gate_up", "w2": "experts down"}
 
 
@@ -43,14 +43,14 @@ Stored = tuple[str, str]  # a tensor's name and its format's
 
 @dataclass(frozen=True)
 class Line:
-    """A tensor in one format, or a component in one: bytes, weights, and errors (None where they were not measured)."""
+    """A tensor in one format, or a component in one: bytes, weights and errors (weighted: None without calibration)."""
 
     name: str
     component: str
     format: str
     nbytes: int
     weights: int
-    nmse: float | None
+    nmse: float
     weighted_nmse: float | None
 
     @property
@@ -88,7 +88,7 @@ def component_of(spec: TensorSpec) -> str:
 def make_report(
     inventory: Inventory, recipe: str, errors: Mapping[Stored, "Errors"], calibration: ImportanceSummary | None
 ) -> Report:
-    """errors: of every packed tensor in every format; empty ones where a tensor was encoded by an earlier run."""
+    """errors: of every packed tensor in every format."""
     calibrated, groups = calibration is not None, dict[Stored, list[tuple[TensorSpec, "Errors"]]]()
     tensors = []
     for (name, representation), found in errors.items():
@@ -102,20 +102,17 @@ def make_report(
 
 
 def _badness(line: Line) -> tuple[float, str]:
-    error = line.weighted_nmse if line.weighted_nmse is not None else line.nmse
-    return -(error or 0.0), line.name
+    return -(line.nmse if line.weighted_nmse is None else line.weighted_nmse), line.name
 
 
 def _line(name: str, representation: str, parts: Iterable[tuple[TensorSpec, "Errors"]], calibrated: bool) -> Line:
-    component, nbytes, weights, total, known = "", 0, 0, [0.0] * 4, True
+    component, nbytes, weights, total = "", 0, 0, [0.0] * 4
     for spec, errors in parts:
         nbytes, weights = nbytes + stored_bytes(representation, spec.shape), weights + spec.parameters
-        known = known and errors.measured
         total = [one + other for one, other in zip(total, errors.sums, strict=True)]
         component = component_of(spec)
-    nmse = _share(total[1], total[0]) if known else None
-    weighted = _share(total[3], total[2]) if known and calibrated else None
-    return Line(name, component, representation, nbytes, weights, nmse, weighted)
+    weighted = _share(total[3], total[2]) if calibrated else None
+    return Line(name, component, representation, nbytes, weights, _share(total[1], total[0]), weighted)
 
 
 def _share(part: float, whole: float) -> float:
@@ -146,6 +143,7 @@ def _parsed(fields: dict[str, Any]) -> Line:
         or type(line.weights) is not int
         or line.weights < 1
         or type(line.nbytes) is not int
+        or not isinstance(line.nmse, float)
     ):
         raise ValueError("a report's line has values of other types")
     return line

@@ -88,6 +88,11 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{path} cannot be read ({error.strerror}); check the disk and its permissions"
             ) from None
+        return cls.of_header(path, header, file_bytes)
+
+    @classmethod
+    def of_header(cls, path: Path, header: bytes, file_bytes: int) -> "SafetensorsFile":
+        """A file of `file_bytes` that need not be there yet. header: the JSON. Raises CheckpointError, as `open`."""
         data_start = LENGTH_BYTES + len(header)
         tensors, metadata = _parse_header(header, path)
         _check_layout(tensors, file_bytes - data_start, path)
@@ -156,12 +161,17 @@ def damaged(path: Path, what: str) -> CheckpointError:
 
 
 def _read_header(file: BinaryIO, file_bytes: int, path: Path) -> bytes:
-    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    return file.read(header_length(file.read(LENGTH_BYTES), file_bytes, path))
+
+
+def header_length(first: bytes, file_bytes: int, path: Path) -> int:
+    """Bytes of the header, from the first 8 of the file. Raises CheckpointError if a file of that size has no such."""
+    length = int.from_bytes(first, "little")
     if file_bytes < LENGTH_BYTES or length > file_bytes - LENGTH_BYTES:
         raise damaged(path, f"it has {file_bytes} bytes, fewer than its header needs")
     if length > MAX_HEADER_BYTES:
         raise damaged(path, f"its header claims {length} bytes")
-    return file.read(length)
+    return length
 
 
 def _parse_header(header: bytes, path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:

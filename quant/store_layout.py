@@ -15,6 +15,7 @@ STORE_FORMAT = "dsr1-store"
 STORE_VERSION = 3
 METADATA = {"format": STORE_FORMAT, "version": str(STORE_VERSION)}
 TOP_FILE = "top.safetensors"
+MATRICES = 3  # of an expert: gate, up, down
 DTYPE_OF_PLAIN = {"bf16": "BF16", "f32": "F32"}
 
 
@@ -45,6 +46,30 @@ def plan_store(inventory: Inventory, formats: StoreFormats) -> dict[str, FilePla
         layer_file(layer): FilePlan.of(tuple(_stored(inventory, layer, formats)), METADATA)
         for layer in sorted(inventory.by_layer, key=lambda layer: (layer is None, layer))
     }
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a store keeps one tensor in one representation. begin: its first byte, from the start of the file."""
+
+    spec: TensorSpec
+    representation: str
+    file: str
+    begin: int
+
+
+def placements(file: str, plan: FilePlan[StoreEntry]) -> Iterator[Placement]:
+    """What a file of a store holds, in the order in which it lies there; all other bytes but its head are zeros."""
+    for entry, begin in zip(plan.tensors, plan.begins, strict=True):
+        begin += len(plan.head)
+        if entry.record is None:
+            yield Placement(entry.specs[0], entry.representation, file, begin)
+            continue
+        for first in range(0, len(entry.specs), MATRICES):
+            at = begin + first // MATRICES * entry.record.nbytes
+            for spec, representation in entry.packed[first : first + MATRICES]:
+                yield Placement(spec, representation, file, at)
+                at += stored_bytes(representation, spec.shape)
 
 
 def layer_file(layer: int | None) -> str:

@@ -123,6 +123,11 @@ def recording(earlier: Recording | None = None) -> Iterator[Recording]:
 class _OnlyKernels(TorchDispatchMode):
     """Refuses operators that compute, other than ours."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch would import its compiler, 873 modules and a second, at the first token that is recorded."""
+        return False
+
     def __init__(self, of: Recording) -> None:
         super().__init__()
         self.of = of

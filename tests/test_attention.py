@@ -238,7 +238,7 @@ class Layer:
         self.cache.data.fill_(float("nan"))
 
     def fill(self, tokens: int) -> None:
-        self.cache.load(torch.randn(1, tokens, self.config.latent_dim).to(self.dtype))
+        self.cache.put(0, {"latents": torch.randn(1, tokens, self.config.latent_dim).to(self.dtype)})
 
     @torch.inference_mode()
     def append(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 from quant import encoding
 from quant.encode_reference import quantise
 from quant.encoding import Errors, column_weights, encode
+from quant.formats import BF16, FP8_BLOCK, QuantTensor
 from quant.kernels import set_threads
+from quant.kernels.widen import SPARE_VALUES
 from quant.packed import ACCURATE, FAST, PACKED_FORMATS, Q8, PackedFormat
 from quant.packing import Codes, bf16_of_float, decode, float_of_bf16, pack, unpack
+from quant.tensor_rows import Scratch, float_rows
 from tools.formats.fit_levels import GAUSS_16, fit, relative_error
 from tools.formats.layer_error import Layer, layer_errors, quantise_activations
 
@@ -288,3 +291,22 @@ def test_the_levels_of_accurate_are_as_good_as_a_fit() -> None:
     levels = fit(fitted_to, rounds=6)
     assert max(map(abs, levels)) == 127 and sorted(levels) == list(levels)
     assert 0.98 < relative_error(fresh, GAUSS_16) / relative_error(fresh, levels) < 1.02
+
+
+@given(st.sampled_from((1, 128, 130)), st.sampled_from((1, 100, 128, 300)), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_published_rows_are_widened_exactly(rows: int, columns: int, seed: int) -> None:
+    """All 256 codes of E4M3, NaN among them, and what lies behind the result is left alone beyond the spare values."""
+    rng = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=rng).view(torch.float8_e4m3fn)
+    scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=rng) * 1e-3
+    for weight in (
+        QuantTensor(FP8_BLOCK, (rows, columns), codes, scale),
+        QuantTensor(BF16, (rows, columns), torch.randn(rows, columns, generator=rng).bfloat16()),
+    ):
+        scratch = Scratch()
+        room = scratch.values(rows * columns + 64)
+        room.fill_(7.0)
+        values = float_rows(weight, scratch)
+        assert torch.equal(values.nan_to_num(9e9), weight.dequantize(torch.float32).nan_to_num(9e9))
+        assert (room[rows * columns + SPARE_VALUES :] == 7.0).all()

@@ -1,6 +1,7 @@
 """What weighs the encoder's search: a calibration against a plain forward pass, and llama.cpp's importance matrices."""
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,22 @@ import torch
 import torch.nn.functional as F
 
 from cli.importance import find_importance
+from cli.quantize import HubOptions, find_source
 from hybrid_rt import Engine
 from hybrid_rt.calibration import MOST_TOKENS, Calibration, memory_bytes
 from hybrid_rt.evaluate.windows import cut
 from quant.checkpoint import Checkpoint
-from quant.convert import convert
-from quant.errors import Dsr1Error, UsageError
+from quant.convert import Source, convert
+from quant.errors import Dsr1Error, StoreError, UsageError
 from quant.imatrix import Imatrix, llama_name
 from quant.importance import AllAlike
 from quant.inventory import TensorSpec
+from quant.progress import Progress
 from quant.report import read_report
 from quant.shapes import known_shape
+from quant.shards import Shards
 from quant.store import Store
+from tests.test_quantize import tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,10 +139,38 @@ def test_a_calibrated_store_is_nearer_in_what_counts(source: Checkpoint, tmp_pat
     assert report.tensors[0].weighted_nmse is not None
 
 
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_a_stopped_conversion_continues_calibrated(source: Checkpoint, tmp_path: Path, share: float) -> None:
+    """Layers that are converted already run again, so that those after them see the same."""
+
+    def stop(step: Progress) -> None:
+        if step.done > share * step.total:
+            raise KeyboardInterrupt
+
+    convert(source, tmp_path / "whole", "fast", importance=calibration(source))
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "store", "fast", stop, calibration(source))
+    with pytest.raises(StoreError, match="another calibration"):
+        convert(source, tmp_path / "store", "fast")
+    convert(source, tmp_path / "store", "fast", importance=calibration(source))
+    assert tree(tmp_path / "store") == tree(tmp_path / "whole")
+
+
+def test_shards_in_any_order_are_calibrated_alike(source: Checkpoint, tmp_path: Path) -> None:
+    turned = replace(source, shards=source.shards[::-1])
+    assert len(turned.shards) > 1
+    for name, checkpoint in (("store", source), ("turned", turned)):
+        convert(Source(checkpoint, Shards(), "the same"), tmp_path / name, "fast", importance=calibration(source))
+    assert tree(tmp_path / "store") == tree(tmp_path / "turned")
+
+
 def test_what_the_command_refuses(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(find_importance(source, None, None), AllAlike)
     with pytest.raises(UsageError, match="cannot be given together"):
         find_importance(source, tmp_path, tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UsageError, match="hf download some/model --local-dir"):
+        find_source("some/model", tmp_path / "store", HubOptions(), calibrated=True)
     (tmp_path / "text").write_text(TEXT)
     monkeypatch.setattr("cli.importance.usable_ram", lambda: 2**20)
     with pytest.raises(Dsr1Error, match="give a shorter text"):
@@ -206,6 +239,23 @@ def test_gguf(source: Checkpoint, tmp_path: Path) -> None:
     stack, weights = values["blk.1.ffn_gate_exps.weight"], counts["blk.1.ffn_gate_exps.weight"]
     assert rare is not None and made.summary().rare == 1
     np.testing.assert_allclose(rare.numpy(), (stack * weights[:, None]).sum(0) / weights.sum(), rtol=1e-5)
+
+
+def test_a_stopped_conversion_continues_with_an_importance_matrix(source: Checkpoint, tmp_path: Path) -> None:
+    """Also its report, which tells of matrices that only the first run has asked for."""
+
+    def stop(step: Progress) -> None:
+        if step.done > 0.6 * step.total:
+            raise KeyboardInterrupt
+
+    path = old_file(tmp_path / "x.dat", values_of(source))
+    convert(source, tmp_path / "whole", "fast", importance=Imatrix(path))
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "store", "fast", stop, Imatrix(path))
+    convert(source, tmp_path / "store", "fast", importance=Imatrix(path))
+    assert tree(tmp_path / "store") == tree(tmp_path / "whole")
+    report = read_report(tmp_path / "store")
+    assert report is not None and report.calibration is not None and report.calibration.missing > 0
 
 
 def test_names(source: Checkpoint) -> None:

@@ -11,8 +11,11 @@ from cli.plan import plan
 from cli.report import show_report
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
+from quant.kernels import set_threads
+from quant.progress import Progress
 from quant.report import REPORT_NAME, Report, read_report
 from quant.store import Store
+from tests.test_quantize import tree
 from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,22 +69,27 @@ def test_it_is_shown_after_a_conversion_and_with_a_plan(made: Path, capsys: pyte
     assert not capsys.readouterr().out
 
 
-def test_what_an_earlier_run_has_written_is_not_known(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+def stop_here(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("one_kernel_thread")
+@pytest.mark.parametrize("share", [0.2, 0.7, None])
+def test_it_does_not_tell_who_wrote_what(made: Path, tmp_path: Path, share: float | None) -> None:
+    """Stopped at a share of the work, or before the manifest, and continued by another number of threads."""
+
+    def stop(step: Progress) -> None:
+        if share is not None and step.done > share * step.total:
+            stop_here()
 
     source = Checkpoint.open(made / "source")
-    monkeypatch.setattr("quant.convert.Manifest", stop)
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "store", "accurate")
-    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        if share is None:
+            patch.setattr("quant.convert.Manifest", stop_here)
+        convert(source, tmp_path / "store", "accurate", stop)
+    set_threads(3)
     convert(source, tmp_path / "store", "accurate")
-    report = read_report(tmp_path / "store")
-    assert report is not None and {line.nmse for line in report.tensors} == {None}
-    show_report(tmp_path / "store", Console())
-    assert "?" in capsys.readouterr().out
+    assert tree(tmp_path / "store") == tree(made / "store")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import torch
 
 from hybrid_rt.engine import Engine
 from hybrid_rt.generation import collect
+from hybrid_rt.latent_store import common_prefix
 from hybrid_rt.sampling import Sampling
-from hybrid_rt.session import Session, common_prefix
+from hybrid_rt.session import Session
 from quant.errors import CheckpointError, ContextError, Dsr1Error
 from tests.tiny_checkpoint import write_checkpoint
 from tests.tiny_tokenizer import write_tokenizer

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quant import convert as convert_module
+from quant import pieces
 from quant.checkpoint import Checkpoint
 from quant.config import parse_config
 from quant.convert import convert
@@ -150,7 +150,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_every_weight_is_the_encoded_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, variant: dict
 ) -> None:
-    monkeypatch.setattr(convert_module, "STRIP_WEIGHTS", 1)  # strips of 128 rows
+    monkeypatch.setattr(pieces, "PIECE_WEIGHTS", 1)  # pieces of 128 rows
     source = Checkpoint.open(write_checkpoint(tmp_path / "source", SMALL | variant, seed=2))
     convert(source, tmp_path / "store", recipe)
     store = Store.open(tmp_path / "store")

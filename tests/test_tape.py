@@ -9,7 +9,7 @@ import torch
 from hybrid_rt.engine import Engine
 from hybrid_rt.layers import add, rms_norm, silu_times
 from quant.kernels import set_threads, thread_count
-from quant.tape import NotRecordableError, Repeated, empty, recording
+from quant.tape import NotRecordableError, Repeated, _OnlyKernels, empty, recording
 from tests.tiny_checkpoint import BF16, NO_Q_LORA, RAGGED, write_checkpoint
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -134,3 +134,8 @@ def test_a_traced_model_calls_its_modules(tmp_path: Path) -> None:
     engine = Engine.load(folder, device="cpu", dtype="float32", context=64)
     engine.prefill_chunk = 1
     assert engine.trace(list(range(8)))["hidden"].shape[1] == 8
+
+
+def test_recording_does_not_wake_torch_s_compiler() -> None:
+    """torch would wrap the mode's method in one that imports torch._dynamo: a second at a user's first token."""
+    assert not hasattr(_OnlyKernels.__torch_dispatch__, "__wrapped__")

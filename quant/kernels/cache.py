@@ -32,8 +32,9 @@ from numba.core.serialize import dumps
 from quant import isa
 from quant.user_cache import user_cache
 
-SOURCES = Path(__file__).parent.parent  # quant/, of which kernels take constants from these files, too:
-MORE_SOURCES = ("formats.py", "packed.py", "encode_reference.py", "isa.py")
+SOURCES = Path(__file__).parent.parent  # quant/, of which kernels take code and constants from these files, too:
+EXPORTED = ("export/block_kernels.py", "export/block_reference.py", "export/block_types.py")
+MORE_SOURCES = ("formats.py", "packed.py", "encode_reference.py", "isa.py", *EXPORTED)
 DIGEST_BYTES = hashlib.sha256().digest_size
 KEPT_SECONDS = 30 * 24 * 3600  # for which the code of other versions stays after it was last used
 

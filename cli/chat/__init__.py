@@ -1,0 +1,1 @@
+"""The conversation on a terminal: reading lines, commands, and answers that stream."""

@@ -1,0 +1,91 @@
+"""A conversion cut into pieces: rows of one tensor, and every place where a store keeps them.
+
+Pieces are what is done or not done. They follow from the checkpoint and the recipe alone, never from the number of
+threads, so that another run knows them again.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from quant.checkpoint import Checkpoint
+from quant.formats import FP8_BLOCK_SIDE
+from quant.inventory import TensorSpec
+from quant.journal import Key
+from quant.store_formats import stored_bytes
+from quant.store_layout import Placement
+
+PIECE_WEIGHTS = 1 << 22  # 16 MiB in float32: many threads have theirs at a time, and one is busy for a while
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the bytes of a piece go. begin: from the start of the file."""
+
+    representation: str
+    file: str
+    begin: int
+    nbytes: int
+
+    @property
+    def key(self) -> Key:
+        """How a journal names it."""
+        return self.file, self.begin, self.nbytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`shape[0]` rows of a tensor from row `first` on, a multiple of 128; a vector is one piece, its shape [values]."""
+
+    spec: TensorSpec
+    first: int
+    shape: tuple[int, ...]
+    targets: tuple[Target, ...]
+
+
+def pieces_by_shard(source: Checkpoint, placements: Iterable[Placement]) -> dict[Path, list[Piece]]:
+    """All pieces, by the shard that holds their weights, in the order in which they lie in the store."""
+    places: dict[TensorSpec, list[Placement]] = defaultdict(list)
+    for placement in placements:
+        places[placement.spec].append(placement)
+    by_shard: dict[Path, list[Piece]] = {shard.path: [] for shard in source.shards}
+    for spec, its in places.items():
+        by_shard[source.place(spec.name)[1].path] += _pieces(spec, its)
+    return by_shard
+
+
+def _pieces(spec: TensorSpec, places: list[Placement]) -> Iterator[Piece]:
+    for first, shape in _cuts(spec.shape):
+        yield Piece(spec, first, shape, tuple(_target(place, first, shape) for place in places))
+
+
+def _cuts(shape: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """First row and shape of each piece: multiples of 128 rows, so that FP8 blocks and row tiles stay whole."""
+    if len(shape) == 1:
+        yield 0, shape
+        return
+    rows, columns = shape
+    step = max(PIECE_WEIGHTS // columns // FP8_BLOCK_SIDE, 1) * FP8_BLOCK_SIDE
+    for first in range(0, rows, step):
+        yield first, (min(step, rows - first), columns)
+
+
+def _target(place: Placement, first: int, shape: tuple[int, ...]) -> Target:
+    before = stored_bytes(place.representation, (first, *shape[1:])) if first else 0
+    return Target(place.representation, place.file, place.begin + before, stored_bytes(place.representation, shape))
+
+
+def targets_by_file(pieces: Mapping[Path, list[Piece]]) -> dict[str, list[Target]]:
+    """What is written into each file of the store, from front to back."""
+    by_file: dict[str, list[Target]] = defaultdict(list)
+    for piece in (piece for of_shard in pieces.values() for piece in of_shard):
+        for target in piece.targets:
+            by_file[target.file].append(target)
+    return {file: sorted(targets, key=lambda target: target.begin) for file, targets in by_file.items()}
+
+
+def source_bytes(pieces: Iterable[Piece], source: Checkpoint) -> int:
+    """Bytes of the pieces' weights in the checkpoint, without scales."""
+    return sum(prod(piece.shape) * source.place(piece.spec.name)[0].bits // 8 for piece in pieces)

@@ -1,0 +1,115 @@
+"""From a piece's published bytes to those of a store: what each worker does, with memory of its own.
+
+`published_rows` reads, `stored_rows` turns rows into one representation; both know nothing of files being written.
+"""
+
+import threading
+from math import prod
+
+import torch
+
+from quant.checkpoint import Checkpoint
+from quant.encoding import Errors, encode
+from quant.errors import CheckpointError
+from quant.formats import BF16, F32, FORMATS, FP8_BLOCK, FP8_BLOCK_SIDE, QuantTensor
+from quant.kernels.threads import call
+from quant.kernels.vector import BF16_CODE, FP8_CODE
+from quant.kernels.widen import SPARE_VALUES, widen
+from quant.packed import PACKED_FORMATS
+from quant.pieces import Piece
+from quant.safetensors_file import FileSpan
+from quant.shard_reader import ShardReader
+
+CODES = {FP8_BLOCK.name: FP8_CODE, BF16.name: BF16_CODE}
+
+
+class Scratch(threading.local):
+    """Memory of one thread that grows to what its largest piece needs and is used again."""
+
+    def __init__(self) -> None:
+        self._stored, self._values = torch.empty(0, dtype=torch.uint8), torch.empty(0)
+
+    def stored(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes], with any content."""
+        if self._stored.numel() < nbytes:
+            self._stored = torch.empty(nbytes, dtype=torch.uint8)
+        return self._stored[:nbytes]
+
+    def values(self, count: int) -> torch.Tensor:
+        """float32 [count], with any content and room for SPARE_VALUES more."""
+        if self._values.numel() < count + SPARE_VALUES:
+            self._values = torch.empty(count + SPARE_VALUES)
+        return self._values[:count]
+
+
+def rows_span(source: Checkpoint, piece: Piece) -> FileSpan:
+    """Where the weights of a piece lie."""
+    fmt, span, _ = source.place(piece.spec.name)
+    row_bytes = prod(piece.shape[1:]) * fmt.bits // 8
+    return FileSpan(span.path, span.begin + piece.first * row_bytes, piece.shape[0] * row_bytes)
+
+
+def scale_rows_span(source: Checkpoint, piece: Piece) -> FileSpan | None:
+    """Where the scales of a piece lie, if its tensor has any."""
+    fmt, _, span = source.place(piece.spec.name)
+    if span is None:
+        return None
+    rows, blocks = fmt.scale_shape(piece.shape) or (0, 0)
+    row_bytes = blocks * 4
+    return FileSpan(span.path, span.begin + piece.first // FP8_BLOCK_SIDE * row_bytes, rows * row_bytes)
+
+
+def published_rows(
+    source: Checkpoint, piece: Piece, reader: ShardReader, scales: bytes | None, scratch: Scratch
+) -> QuantTensor:
+    """The rows of a piece as they are published, in `scratch`. scales: its bytes of them, where its tensor has any."""
+    fmt, span = source.place(piece.spec.name)[0], rows_span(source, piece)
+    data = scratch.stored(span.nbytes)
+    reader.read(span, data.numpy().data)
+    scale = None
+    if scales is not None:
+        scale = torch.frombuffer(bytearray(scales), dtype=torch.float32).view(fmt.scale_shape(piece.shape) or ())
+    return QuantTensor(fmt, piece.shape, data.view(fmt.dtype).view(piece.shape), scale)
+
+
+def float_rows(rows: QuantTensor, scratch: Scratch) -> torch.Tensor:
+    """The values, float32, in `scratch` unless they are that already."""
+    if rows.format is F32:
+        return rows.data
+    if len(rows.shape) == 1:
+        return rows.dequantize(torch.float32)
+    out = scratch.values(prod(rows.shape))
+    scale = 0 if rows.scale is None else rows.scale.data_ptr()
+    call(widen, (rows.data.data_ptr(), scale, out.data_ptr(), *rows.shape, CODES[rows.format.name]), 1)
+    return out.view(rows.shape)
+
+
+def stored_rows(
+    rows: QuantTensor, values: torch.Tensor, representation: str, columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Errors | None]:
+    """Rows of a tensor as a store keeps them in `representation`: uint8 [bytes]; what was lost, where that is packed.
+
+    values: the same rows in float32. columns: how much each counts, float32 [columns], by default alike. Raises
+    ValueError for values that are not finite, where the representation is a packed one.
+    """
+    if representation in PACKED_FORMATS:
+        errors = Errors()
+        return encode(values, PACKED_FORMATS[representation], columns, errors, threads=1), errors
+    plain = rows.data if rows.format.name == representation else values.to(FORMATS[representation].dtype)
+    return plain.contiguous().view(torch.uint8).reshape(-1), None
+
+
+def convert_rows(
+    source: Checkpoint, piece: Piece, rows: QuantTensor, columns: torch.Tensor | None, scratch: Scratch
+) -> list[tuple[torch.Tensor, Errors | None]]:
+    """The bytes and errors of each target of a piece, as `stored_rows` gives them.
+
+    Raises CheckpointError, naming the tensor, for what is not a number.
+    """
+    values = float_rows(rows, scratch)
+    try:
+        return [stored_rows(rows, values, target.representation, columns) for target in piece.targets]
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source.folder}: tensor {piece.spec.source!r} cannot be quantised ({error}); download the model again"
+        ) from None
