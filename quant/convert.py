@@ -5,6 +5,7 @@ the first file that is not there, and the store is the same to the byte.
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def convert(
         manifest = Manifest(formats, len(source.mtp_layers), files)
         with new_file(folder / MANIFEST_NAME) as file:
             file.write(manifest.to_json())
+        for name in plans:
+            _errors_path(folder / name).unlink(missing_ok=True)
     return manifest
 
 
@@ -157,11 +160,32 @@ def _copy(source: Path, path: Path, meter: Meter) -> FileRecord:
 def _write(source: Checkpoint, path: Path, plan: FilePlan[StoreEntry], search: Search, meter: Meter) -> FileRecord:
     """Write a file of the store, unless an earlier run has finished it."""
     report = meter.of(path.name)
-    if _is_written(path, plan):
+    if _is_written(path, plan) and _errors_read(path, search.errors):
         return FileRecord(plan.nbytes, sha256_of(path, report))
-    return FileRecord(
-        plan.nbytes, write_safetensors(path, plan, lambda entry: stored_values(source, entry, search), report)
-    )
+    sha256 = write_safetensors(path, plan, lambda entry: stored_values(source, entry, search), report)
+    _write_errors(path, plan, search.errors)
+    return FileRecord(plan.nbytes, sha256)
+
+
+def _errors_path(path: Path) -> Path:
+    """Where the errors of a file's tensors are until the report is made."""
+    return path.with_suffix(".errors.json")
+
+
+def _write_errors(path: Path, plan: FilePlan[StoreEntry], errors: Mapping[Stored, Errors]) -> None:
+    keys = [(spec.name, name) for entry in plan.tensors for spec, name in entry.packed]
+    with new_file(_errors_path(path)) as file:
+        file.write(json.dumps([[*key, *errors[key].sums] for key in keys]).encode())
+
+
+def _errors_read(path: Path, errors: Mapping[Stored, Errors]) -> bool:
+    """Take in what an earlier run has written of a file's errors; False if that is not there."""
+    try:
+        for name, representation, *sums in json.loads(_errors_path(path).read_bytes()):
+            errors[name, representation].add(sums)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def _is_written(path: Path, plan: FilePlan[StoreEntry]) -> bool:
