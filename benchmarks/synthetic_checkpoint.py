@@ -24,8 +24,8 @@ from quant.config import parse_config
 from quant.fp8 import E4M3_MAX
 from quant.inventory import Inventory, TensorSpec
 from quant.names import SCALE_SUFFIX
-from quant.recipes import FP8_SIDE
 from quant.store import CONFIG_NAME
+from quant.store_formats import FP8_SIDE
 
 POOL_WEIGHTS = 1 << 24
 ITEM = 64  # where a piece may begin in the pool, so that pieces differ

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cli.eval import load, shown_progress
+from cli.eval import EvalOptions, load, shown_progress
 from hybrid_rt.evaluate.budgets import BudgetPoint, measure_budgets
 from hybrid_rt.evaluate.questions import read_questions
 from quant.errors import UsageError
@@ -32,8 +32,8 @@ def measure_thinking(model: str, options: BudgetOptions) -> None:
     budgets, questions = parse_budgets(options.budgets), read_questions(options.questions)  # before a model is loaded
     if options.plot is not None:
         check_plot(options.plot)
-    engine = load(model, options.context, options.threads, options.dtype)
-    with shown_progress() as report:
+    engine = load(model, EvalOptions(context=options.context, threads=options.threads, dtype=options.dtype))
+    with shown_progress("questions") as report:
         points = measure_budgets(engine, questions, budgets, report)
     tell_budgets(model, points, options.as_json)
     if options.plot is not None:

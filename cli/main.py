@@ -77,7 +77,8 @@ def quantize(
         str | None, typer.Argument(help="Folder of the store; a conversion that was stopped there goes on.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of a store: accurate (default), fast or q8; see --to.")
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="fast, balanced (default), accurate, q8, or a TOML file; or see --to."),
     ] = None,
     to: Annotated[
         str,
@@ -86,6 +87,12 @@ def quantize(
             help="store; gguf (recipes q4_k, q4_0, q8_0); compressed-tensors (recipes experts, linears).",
         ),
     ] = "store",
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Run this text through the model to see which columns count.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take an importance matrix of llama.cpp instead.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Of a model on the Hub: branch, tag or commit. Default: newest.")
@@ -110,6 +117,10 @@ def quantize(
     if dst is None:
         raise typer.BadParameter("give the folder of the store after the checkpoint")
     if to != "store":
+        _refuse_store_options(
+            to,
+            {"--calibrate": calibrate, "--imatrix": imatrix, "--revision": revision, "--keep-source": keep_source},
+        )
         from cli.export import export
 
         export(src, dst, to, recipe, jobs, json)
@@ -118,7 +129,14 @@ def quantize(
     from cli.quantize import quantize as convert
     from quant.recipes import DEFAULT_RECIPE
 
-    convert(src, dst, recipe or DEFAULT_RECIPE, jobs, json, HubOptions(revision, keep_source))
+    convert(src, dst, recipe or DEFAULT_RECIPE, jobs, json, HubOptions(revision, keep_source), calibrate, imatrix)
+
+
+def _refuse_store_options(to: str, given: dict[str, object]) -> None:
+    """Raise UsageError for options that an export would do nothing with."""
+    unused = [name for name, value in given.items() if value]
+    if unused:
+        raise UsageError(f"{' and '.join(unused)} would be without effect with --to {to}; leave out, or write a store")
 
 
 @app.command()
@@ -128,7 +146,8 @@ def plan(
     ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM. Default: what is available here.")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens a conversation may hold.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Plan for the store that `dsr1 quantize --recipe NAME` makes.")
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Plan for the store that `dsr1 quantize --recipe NAME` makes."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or emulate.")] = "auto",
     residency: Annotated[
@@ -207,6 +226,14 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, downloaded Hub id, or built-in name.")],
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="Reference to compare with.")] = None,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="Text to predict, UTF-8.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare with what --save-reference wrote, on its text.")
+    ] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the 64 likeliest tokens of each prediction there.")
+    ] = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Solve nano-r1's held-out problems instead.")] = False,
+    problems: Annotated[int, typer.Option(metavar="N", min=2, help="Problems of each task.")] = 1000,
     window: Annotated[int | None, typer.Option(metavar="N", min=2, help="Tokens of a window. Default: 512.")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens that the cache holds.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
@@ -228,9 +255,12 @@ def evaluate(
 
         measure_thinking(model, BudgetOptions(budgets, questions, plot, context, threads, dtype, json))
         return
-    from cli.eval import measure
+    from cli.eval import EvalOptions, measure
 
-    measure(model, against, text, window, context, threads, dtype, json)
+    options = EvalOptions(
+        against, text, reference, save_reference, tasks, problems, window, context, threads, dtype, json
+    )
+    measure(model, options)
 
 
 def chat_on_terminal(options: RunOptions, resume: bool = False, session: str | None = None) -> None:

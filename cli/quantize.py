@@ -15,6 +15,8 @@ from rich.progress import Progress as ProgressBar
 
 from cli.compiling import show_compiling
 from cli.escape import escape, say
+from cli.importance import find_importance
+from cli.report import show_report
 from hybrid_rt.engine import use_threads
 from hybrid_rt.models import resolve_checkpoint
 from offload.sizes import format_size
@@ -41,18 +43,28 @@ class HubOptions:
     keep_source: bool = False
 
 
-def quantize(src: str, dst: str, recipe: str, jobs: int | None, as_json: bool, hub: HubOptions | None = None) -> None:
+def quantize(
+    src: str,
+    dst: str,
+    recipe: str,
+    jobs: int | None,
+    as_json: bool,
+    hub: HubOptions | None = None,
+    calibrate: Path | None = None,
+    imatrix: Path | None = None,
+) -> None:
     """Convert the model `src` into the folder `dst`, with `jobs` threads; told on standard error as it goes."""
     folder = Path(dst).expanduser()
     find_recipe(recipe)  # before the checkpoint is read
     check_target(folder)  # and before anything is downloaded
-    source = find_source(src, folder, hub or HubOptions())
+    source = find_source(src, folder, hub or HubOptions(), calibrate is not None)
     use_threads(jobs)
     compile_ahead([*ENCODING_KERNELS, widen], show_compiling)
+    importance = find_importance(source.checkpoint, calibrate, imatrix)
     begin, steps = time.perf_counter(), FirstAndLast()
     try:
         with shown_progress() as show:
-            manifest = convert(source, folder, recipe, lambda step: show(steps.note(step)))
+            manifest = convert(source, folder, recipe, lambda step: show(steps.note(step)), importance)
     except KeyboardInterrupt:
         say("stopped; the same command continues where it was")
         raise
@@ -62,16 +74,25 @@ def quantize(src: str, dst: str, recipe: str, jobs: int | None, as_json: bool, h
     else:
         speed = f", {found['mb_s']:.0f} MB/s" if found["converted_bytes"] else ""
         say(f"{folder}: {format_size(found['bytes'])}, recipe {recipe}, in {found['seconds']:.0f} s{speed}")
+        show_report(folder, Console(stderr=True, highlight=False, markup=False))
 
 
-def find_source(src: str, store: Path, hub: HubOptions) -> Source:
-    """What `src` names: a folder, a built-in name or a model on the Hub, which is asked now. Raises Dsr1Error."""
+def find_source(src: str, store: Path, hub: HubOptions, calibrated: bool = False) -> Source:
+    """What `src` names: a folder, a built-in name or a model on the Hub, which is asked now.
+
+    calibrated: whether a text will run through it. Raises Dsr1Error.
+    """
     from huggingface_hub import constants
 
     folder = Path(src).expanduser()
     if HUB_ID.fullmatch(src) and not folder.is_dir() and not constants.HF_HUB_OFFLINE:
         from quant.hub_shards import hub_source
 
+        if calibrated:
+            raise UsageError(
+                f"--calibrate needs a layer's weights at once, and from the Hub they come shard by shard; download the "
+                f"model first, with `hf download {src} --local-dir FOLDER`, and give FOLDER"
+            )
         return hub_source(src, hub.revision, store, hub.keep_source)
     if hub != HubOptions():
         where = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{src} is none"
@@ -104,7 +125,7 @@ def summary(
         "store": str(folder),
         "source": src,
         "revision": source.shards.task.get("revision"),
-        "recipe": manifest.recipe.name,
+        "recipe": manifest.formats.recipe,
         "bytes": sum(file.nbytes for file in manifest.files.values()),
         "files": sorted(manifest.files),
         "source_bytes": source.checkpoint.nbytes,

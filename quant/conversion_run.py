@@ -3,15 +3,17 @@
     this thread                     workers, one a core          the keeper
     waits for a shard, opens it
     hands out pieces in order   ->  read, convert, write
-    marks what is written       <-  the checksum of each target
+    marks what is written       <-  the checksum and the errors of each target
     hands out settled bytes     ->  read back into SHA-256
     every few seconds               ...                      ->  fsync what was written, then the journal's lines
     file whole and read back                                 ->  fsync, rename, fsync the folder; then its line
     last piece of a shard: checks that it did not change     ->  after the lines of its pieces: the shard may go
 
 Reading, converting and writing overlap because each worker does all three for its own piece, and the system reads ahead
-what is handed out and writes back behind. Only this thread touches the state below. On an error or an interruption
-what workers have finished is still written down.
+what is handed out and writes back behind. How much columns count this thread asks as it hands a piece out; where layers
+of the model must run first (hybrid_rt/calibration.py), they run here, and have all cores once workers are idle.
+Only this thread touches the state below. On an error or an interruption what workers have finished is still written
+down.
 """
 
 import time
@@ -27,9 +29,12 @@ from typing import Any
 import torch
 
 from quant.checkpoint import Checkpoint
+from quant.encoding import Errors
 from quant.errors import Dsr1Error
-from quant.journal import Journal
+from quant.importance import Importance
+from quant.journal import Journal, Written
 from quant.kernels.threads import thread_count
+from quant.packed import PACKED_FORMATS
 from quant.pieces import Piece, Target, source_bytes
 from quant.progress import Progress
 from quant.shard_reader import ChangedError, ShardReader
@@ -41,8 +46,6 @@ SYNC_S = 2.0  # what a power cut may cost; longer, and reads wait for what is fl
 AHEAD = 64  # pieces handed out beside those in work, 256 MiB of FP8, which the system reads while the disk has time
 HASH_BYTES = 1 << 25  # settled bytes that are worth a task
 WAIT_S = 0.2  # for a shard, before progress is told again
-
-Written = list[tuple[Target, int]]  # with CRC-32
 
 
 @dataclass
@@ -63,9 +66,11 @@ class ConversionRun:
         shards: Shards,
         files: Mapping[str, StoreFile],
         journal: Journal,
+        importance: Importance,
         progress: Callable[[Progress], None],
     ) -> None:
         self.source, self.shards, self.files, self.journal, self.progress = source, shards, files, journal, progress
+        self.importance = importance
         self._sizes = {shard.path: shard.file_bytes for shard in source.shards}
         self._scratch = Scratch()
         self._finished: SimpleQueue[tuple[Future[Any], Callable[[Any], None]]] = SimpleQueue()
@@ -114,7 +119,7 @@ class ConversionRun:
     def _recover(self, file: StoreFile) -> None:
         for target in file.targets:
             noted = self.journal.pieces.get(target.key)
-            if noted is not None and noted == file.crc32(target):
+            if noted is not None and noted.crc32 == file.crc32(target):
                 file.mark(target)
 
     def _rest(self, piece: Piece) -> Piece | None:
@@ -134,19 +139,28 @@ class ConversionRun:
     def _hand_out(self, piece: Piece, shard: _Shard) -> None:
         shard.reader.will_need(rows_span(self.source, piece))
         self._tell(replace(self._now, file=shard.path.name, tensor=piece.spec.source))
+        columns = self._columns(piece)
         self._pieces += 1
-        self._submit(self._pool, lambda: self._convert(piece, shard), lambda done: self._note(piece, shard, done))
+        self._submit(
+            self._pool, lambda: self._convert(piece, shard, columns), lambda done: self._note(piece, shard, done)
+        )
 
-    def _convert(self, piece: Piece, shard: _Shard) -> Written:
-        """What a worker does with a piece."""
+    def _columns(self, piece: Piece) -> torch.Tensor | None:
+        """How much each column of a piece counts, where it is packed."""
+        packed = any(target.representation in PACKED_FORMATS for target in piece.targets)
+        return self.importance.of(piece.spec) if packed else None
+
+    def _convert(self, piece: Piece, shard: _Shard, columns: torch.Tensor | None) -> list[Written]:
+        """What a worker does with a piece, for each of its targets."""
         scales = self._scales(piece, shard)
         rows = published_rows(self.source, piece, shard.reader, scales, self._scratch)
-        written = []
-        for target, stored in zip(piece.targets, convert_rows(self.source, piece, rows, self._scratch), strict=True):
-            data = stored.numpy().data
-            self.files[target.file].write(target.begin, data)
-            written.append((target, zlib.crc32(data)))
-        return written
+        stored = convert_rows(self.source, piece, rows, columns, self._scratch)
+        return [self._write(target, *of_target) for target, of_target in zip(piece.targets, stored, strict=True)]
+
+    def _write(self, target: Target, stored: torch.Tensor, errors: Errors | None) -> Written:
+        data = stored.numpy().data
+        self.files[target.file].write(target.begin, data)
+        return Written(zlib.crc32(data), errors.sums if errors is not None else ())
 
     def _scales(self, piece: Piece, shard: _Shard) -> bytes | None:
         span = scale_rows_span(self.source, piece)
@@ -156,13 +170,13 @@ class ConversionRun:
         shard.reader.read(span, memoryview(scales))
         return bytes(scales)
 
-    def _note(self, piece: Piece, shard: _Shard, written: Written) -> None:
+    def _note(self, piece: Piece, shard: _Shard, written: list[Written]) -> None:
         self._pieces -= 1
-        for target, crc32 in written:
+        for target, of_target in zip(piece.targets, written, strict=True):
             self.files[target.file].mark(target)
-            self.journal.add_piece(target.key, crc32)
+            self.journal.add_piece(target.key, of_target)
             self._dirty.add(target.file)
-        for name in {target.file for target, _ in written}:
+        for name in {target.file for target in piece.targets}:
             self._follow(name)
         self._tell(replace(self._now, done=self._now.done + source_bytes([piece], self.source)))
         shard.left -= 1
@@ -180,7 +194,7 @@ class ConversionRun:
             return
         if file.is_whole and file.hashed == file.nbytes:
             self._hashing.add(name)  # for good
-            self._dirty.discard(name)
+            self._sync()  # a whole file is not opened again, so the journal has all errors before it gets its name
             self._submit(self._keeper, file.finish, lambda record: self.journal.add_file(name, record))
         elif file.is_whole or file.settled - file.hashed >= HASH_BYTES:
             self._hashing.add(name)

@@ -8,23 +8,28 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from quant.checkpoint import Checkpoint
 from quant.conversion_run import ConversionRun
+from quant.encoding import Errors
 from quant.errors import StoreError
 from quant.files import PART_SUFFIX, new_file, sha256_of
+from quant.importance import AllAlike, Importance
 from quant.journal import Journal, check_target, conversion
-from quant.manifest import MANIFEST_NAME, FileRecord, Manifest
-from quant.pieces import pieces_by_shard, targets_by_file
+from quant.manifest import MANIFEST_NAME, FileRecord, Manifest, formats_fingerprint
+from quant.packed import PACKED_FORMATS
+from quant.pieces import Piece, Target, pieces_by_shard, targets_by_file
 from quant.progress import Progress, ignore
-from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe
+from quant.recipes import DEFAULT_RECIPE, find_recipe
+from quant.report import REPORT_NAME, Report, Stored, make_report
 from quant.safetensors_file import FileSpan, SafetensorsFile
 from quant.safetensors_writer import FilePlan
 from quant.shard_reader import ShardReader
 from quant.shards import Shards, known_sha256
 from quant.store_file import StoreFile
+from quant.store_formats import StoreFormats
 from quant.store_layout import STORE_VERSION, StoreEntry, placements, plan_store
 
 TAIL_BYTES = 1 << 16  # of each shard, which tell models of one shape apart
@@ -59,22 +64,29 @@ def convert(
     folder: Path,
     recipe_name: str = DEFAULT_RECIPE,
     progress: Callable[[Progress], None] = ignore,
+    importance: Importance | None = None,
 ) -> Manifest:
     """Write the store of `source` into `folder`, or finish one that was begun there. `progress` is called often.
 
+    importance: of the columns of matrices, where they do not count alike.
     Raises StoreError if the folder cannot take it, and CheckpointError for shards that cannot be had or read, or hold a
     weight that is not a number.
     """
     source = source if isinstance(source, Source) else Source.of(source)
-    checkpoint = source.checkpoint
-    recipe = replace(find_recipe(recipe_name), embedding=_embedding_format(checkpoint))
-    plans = plan_store(checkpoint.inventory, recipe)
+    checkpoint, importance = source.checkpoint, importance or AllAlike()
+    formats = find_recipe(recipe_name).of(checkpoint.inventory.config, _embedding_format(checkpoint))
+    plans = plan_store(checkpoint.inventory, formats)
     check_target(folder)
     _check_space(folder, plans, source)
-    with conversion(folder, _task(source, recipe)) as journal:
+    pieces = pieces_by_shard(checkpoint, (place for name, plan in plans.items() for place in placements(name, plan)))
+    with conversion(folder, _task(source, formats, importance)) as journal:
         files = {name: _copy(checkpoint.folder / name, folder / name) for name in copied_files(checkpoint.folder)}
-        files |= _write(source, folder, plans, journal, progress)
-        manifest = Manifest(recipe, len(checkpoint.mtp_layers), files)
+        files |= _write(source, folder, plans, pieces, journal, importance, progress)
+        report = _report(checkpoint, formats.recipe, plans, pieces, journal, importance)
+        with new_file(folder / REPORT_NAME) as file:
+            file.write(report.to_json())
+        files[REPORT_NAME] = FileRecord(file.position, file.sha256)
+        manifest = Manifest(formats, len(checkpoint.mtp_layers), files)
         with new_file(folder / MANIFEST_NAME) as file:
             file.write(manifest.to_json())
         source.shards.finish()
@@ -98,13 +110,14 @@ def _embedding_format(source: Checkpoint) -> str:
     return max(source.place(name)[0].name for name in names)  # "bf16" < "f32"
 
 
-def _task(source: Source, recipe: Recipe) -> dict[str, str]:
+def _task(source: Source, formats: StoreFormats, importance: Importance) -> dict[str, str]:
     """What the journal says of a conversion."""
     return {
         "version": str(STORE_VERSION),
         "encoder": _encoder_fingerprint(),
-        "recipe": recipe.name,
+        "recipe": f"{formats.recipe} {formats_fingerprint(formats)}",
         "source": source.fingerprint,
+        "calibration": importance.identity,
         **source.shards.task,
     }
 
@@ -143,6 +156,7 @@ def _ends(shard: SafetensorsFile) -> bytes:
 
 
 Plans = Mapping[str, FilePlan[StoreEntry]]
+Pieces = Mapping[Path, list[Piece]]  # by shard
 
 
 def _check_space(folder: Path, plans: Plans, source: Source) -> None:
@@ -179,15 +193,19 @@ def _copy(source: Path, path: Path) -> FileRecord:
 
 
 def _write(
-    source: Source, folder: Path, plans: Plans, journal: Journal, progress: Callable[[Progress], None]
+    source: Source,
+    folder: Path,
+    plans: Plans,
+    pieces: Pieces,
+    journal: Journal,
+    importance: Importance,
+    progress: Callable[[Progress], None],
 ) -> dict[str, FileRecord]:
     """Write the files of `plans` that no earlier run has finished; records of all."""
-    pieces = pieces_by_shard(
-        source.checkpoint, (place for name, plan in plans.items() for place in placements(name, plan))
-    )
     targets = targets_by_file(pieces)
     for name, plan in plans.items():
-        if (record := _written(folder / name, plan, journal.files.get(name))) is not None:
+        record = _written(folder / name, plan, journal.files.get(name))
+        if record is not None and _is_noted(targets[name], journal):
             journal.add_file(name, record)
         else:
             journal.files.pop(name, None)
@@ -195,7 +213,7 @@ def _write(
     missing = {name: plan for name, plan in plans.items() if name not in journal.files}
     files = {name: StoreFile(folder / name, plan, targets[name]) for name, plan in missing.items()}
     try:
-        ConversionRun(source.checkpoint, source.shards, files, journal, progress).run(pieces)
+        ConversionRun(source.checkpoint, source.shards, files, journal, importance, progress).run(pieces)
     finally:
         for file in files.values():
             file.close()
@@ -212,3 +230,26 @@ def _written(path: Path, plan: FilePlan[StoreEntry], known: FileRecord | None) -
         if file.read(len(plan.head)) != plan.head:
             return None
     return known or FileRecord(plan.nbytes, sha256_of(path))
+
+
+def _is_noted(targets: Iterable[Target], journal: Journal) -> bool:
+    """Whether the journal has the errors of all that is packed in a file: it has, unless somebody changed it."""
+    packed = (target for target in targets if target.representation in PACKED_FORMATS)
+    return all(target.key in journal.pieces and journal.pieces[target.key].errors for target in packed)
+
+
+def _report(
+    checkpoint: Checkpoint, recipe: str, plans: Plans, pieces: Pieces, journal: Journal, importance: Importance
+) -> Report:
+    """What was lost, from what the journal has of all pieces: the same, whoever wrote which piece and when."""
+    errors: dict[Stored, Errors] = {}
+    for plan in plans.values():
+        for entry in plan.tensors:
+            for spec, representation in entry.packed:
+                errors[spec.name, representation] = Errors()
+                importance.of(spec)  # an earlier run may have asked, and the summary is of all
+    for piece in (piece for of_shard in pieces.values() for piece in of_shard):
+        for target in piece.targets:
+            if target.representation in PACKED_FORMATS:
+                errors[piece.spec.name, target.representation].add(journal.pieces[target.key].errors)
+    return make_report(checkpoint.inventory, recipe, errors, importance.summary())

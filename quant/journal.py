@@ -1,17 +1,21 @@
 """dsr1-quantize.json, which marks a folder as a conversion under way: of what, and how far it is.
 
 Its first line is an object that says what is converted and how; only the same conversion continues. Each further
-line is a list: a piece that is written, as [file, begin, bytes, CRC-32], or a whole file, as [file, bytes, SHA-256].
-A line is added when what it tells of is on the disk. The journal is the first file of a conversion and, being removed
-after the manifest is written, the last to change. Where the system has locks, it also keeps a second conversion out.
+line is a list: a piece that is written, as [file, begin, bytes, CRC-32, errors], or a whole file, as [file, bytes,
+SHA-256]. errors: sums as quant/encoding.py has them, exact to the last bit; [] where nothing is packed.
+
+A line is added when what it tells of is on the disk, and those of all pieces of a file before that file gets its name.
+The journal is the first file of a conversion and, being removed after the manifest is written, the last to change.
+Where the system has locks, it also keeps a second conversion out.
 """
 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from quant.errors import StoreError
 from quant.files import cannot_write, sync_folder
@@ -24,22 +28,31 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 JOURNAL_NAME = "dsr1-quantize.json"
+ERROR_SUMS = 4  # of a piece that is packed, as `Errors` has them
 Task = Mapping[str, str]
 Key = tuple[str, int, int]  # of a piece: file, first byte, bytes
 
 
+class Written(NamedTuple):
+    """A piece that is written. errors: sums as in `Errors`; empty where nothing is packed."""
+
+    crc32: int
+    errors: tuple[float, ...]
+
+
 class Journal:
-    """How far a conversion is. pieces: CRC-32 of what is written, by place. files: those that are whole, by name."""
+    """How far a conversion is. pieces: those that are written, by place. files: those that are whole, by name."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
-        self.pieces: dict[Key, int] = {}
+        self.pieces: dict[Key, Written] = {}
         self.files: dict[str, FileRecord] = {}
         self._waiting: list[list[object]] = []
 
-    def add_piece(self, key: Key, crc32: int) -> None:
+    def add_piece(self, key: Key, piece: Written) -> None:
         """Like `add_file`, to be written with the lines that `take` gives next."""
-        self._waiting.append([*key, crc32])
+        self._waiting.append([*key, *piece])
+        self.pieces[key] = piece
 
     def add_file(self, name: str, record: FileRecord) -> None:
         self._waiting.append([name, record.nbytes, record.sha256])
@@ -82,13 +95,17 @@ class Journal:
         except (ValueError, RecursionError):
             return False
         match entry:
-            case [str(file), int(begin), int(nbytes), int(crc32)]:
-                self.pieces[file, begin, nbytes] = crc32
+            case [str(file), int(begin), int(nbytes), int(crc32), [*errors]] if _are_sums(errors):
+                self.pieces[file, begin, nbytes] = Written(crc32, tuple(errors))
             case [str(file), int(nbytes), str(sha256)] if SHA256.fullmatch(sha256):
                 self.files[file] = FileRecord(nbytes, sha256)
             case _:
                 return False
         return True
+
+
+def _are_sums(values: list[object]) -> bool:
+    return len(values) in (0, ERROR_SUMS) and all(isinstance(value, float) and isfinite(value) for value in values)
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from quant.checkpoint import Checkpoint
 from quant.formats import FP8_BLOCK_SIDE
 from quant.inventory import TensorSpec
 from quant.journal import Key
-from quant.recipes import stored_bytes
+from quant.store_formats import stored_bytes
 from quant.store_layout import Placement
 
 PIECE_WEIGHTS = 1 << 22  # 16 MiB in float32: many threads have theirs at a time, and one is busy for a while

@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from quant.checkpoint import Checkpoint
-from quant.encoding import encode
+from quant.encoding import Errors, encode
 from quant.errors import CheckpointError
 from quant.formats import BF16, F32, FORMATS, FP8_BLOCK, FP8_BLOCK_SIDE, QuantTensor
 from quant.kernels.threads import call
@@ -84,22 +84,31 @@ def float_rows(rows: QuantTensor, scratch: Scratch) -> torch.Tensor:
     return out.view(rows.shape)
 
 
-def stored_rows(rows: QuantTensor, values: torch.Tensor, representation: str) -> torch.Tensor:
-    """Rows of a tensor as a store keeps them in `representation`: uint8 [bytes]. values: the same rows in float32.
+def stored_rows(
+    rows: QuantTensor, values: torch.Tensor, representation: str, columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Errors | None]:
+    """Rows of a tensor as a store keeps them in `representation`: uint8 [bytes]; what was lost, where that is packed.
 
-    Raises ValueError for values that are not finite, where the representation is a packed one.
+    values: the same rows in float32. columns: how much each counts, float32 [columns], by default alike. Raises
+    ValueError for values that are not finite, where the representation is a packed one.
     """
     if representation in PACKED_FORMATS:
-        return encode(values, PACKED_FORMATS[representation], threads=1)
+        errors = Errors()
+        return encode(values, PACKED_FORMATS[representation], columns, errors, threads=1), errors
     plain = rows.data if rows.format.name == representation else values.to(FORMATS[representation].dtype)
-    return plain.contiguous().view(torch.uint8).reshape(-1)
+    return plain.contiguous().view(torch.uint8).reshape(-1), None
 
 
-def convert_rows(source: Checkpoint, piece: Piece, rows: QuantTensor, scratch: Scratch) -> list[torch.Tensor]:
-    """The bytes of each target of a piece. Raises CheckpointError, naming the tensor, for what is not a number."""
+def convert_rows(
+    source: Checkpoint, piece: Piece, rows: QuantTensor, columns: torch.Tensor | None, scratch: Scratch
+) -> list[tuple[torch.Tensor, Errors | None]]:
+    """The bytes and errors of each target of a piece, as `stored_rows` gives them.
+
+    Raises CheckpointError, naming the tensor, for what is not a number.
+    """
     values = float_rows(rows, scratch)
     try:
-        return [stored_rows(rows, values, target.representation) for target in piece.targets]
+        return [stored_rows(rows, values, target.representation, columns) for target in piece.targets]
     except ValueError as error:
         raise CheckpointError(
             f"{source.folder}: tensor {piece.spec.source!r} cannot be quantised ({error}); download the model again"

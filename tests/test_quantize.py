@@ -23,6 +23,7 @@ from quant.errors import CheckpointError, Dsr1Error, StoreError
 from quant.journal import JOURNAL_NAME
 from quant.manifest import MANIFEST_NAME
 from quant.progress import Progress
+from quant.report import REPORT_NAME
 from quant.store import Store, is_store
 from tests.tiny_checkpoint import BF16, NO_MTP, tiny_config, tiny_tensors, write_checkpoint, write_files
 
@@ -71,13 +72,23 @@ def convert_until(source: Path, folder: Path, stop: Callable[[Progress], bool]) 
         convert(Checkpoint.open(source), folder, "q8", progress)
 
 
+def convert_up_to_the_manifest(source: Path, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(convert_module, "Manifest", stop_here)
+        convert(Checkpoint.open(source), folder, "q8")
+
+
+def stop_here(*_: object) -> None:
+    raise StopError
+
+
 # The finished store
 
 
 def test_the_model_s_files_are_copied(source: Path, whole: dict[str, bytes]) -> None:
     for name in ("config.json", *EXTRAS):
         assert whole[name] == (source / name).read_bytes()
-    stored = {"layer-000.safetensors", "layer-001.safetensors", "top.safetensors", MANIFEST_NAME}
+    stored = {"layer-000.safetensors", "layer-001.safetensors", "top.safetensors", REPORT_NAME, MANIFEST_NAME}
     assert whole.keys() == {"config.json", *EXTRAS, *stored}
     assert json.loads(whole[MANIFEST_NAME])["files"].keys() == whole.keys() - {MANIFEST_NAME}
 
@@ -111,17 +122,29 @@ def test_an_interrupted_conversion_continues(source: Path, whole: dict[str, byte
 
 
 def test_finished_files_are_left_alone(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Of a conversion that was killed between a file's new name and the journal's line."""
-    folder = tmp_path / "store"
-    convert_until(source, folder, lambda step: step.done > 0)
-    name = "layer-000.safetensors"
-    (folder / f"{name}.part").unlink()
-    (folder / name).write_bytes(whole[name])
+    """Also if the conversion was killed between a file's new name and the journal's line of it."""
+    folder, name = tmp_path / "store", "layer-000.safetensors"
+    convert_up_to_the_manifest(source, folder)
+    journal = folder / JOURNAL_NAME
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(line for line in lines if len(json.loads(line)) != 3))
     before = (folder / name).stat()
     convert(Checkpoint.open(source), folder, "q8")
     assert tree(folder) == whole
     after = (folder / name).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_finished_file_whose_errors_are_not_noted_is_made_again(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder, name = tmp_path / "store", "layer-000.safetensors"
+    convert_up_to_the_manifest(source, folder)
+    journal = folder / JOURNAL_NAME
+    first, *lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(first + b"".join(line for line in lines if json.loads(line)[0] != name))
+    convert(Checkpoint.open(source), folder, "q8")
+    assert tree(folder) == whole
 
 
 def test_what_the_journal_notes_is_not_believed(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
