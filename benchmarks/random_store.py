@@ -32,10 +32,11 @@ from quant.formats import FORMATS
 from quant.inventory import Inventory, TensorSpec
 from quant.journal import check_target
 from quant.manifest import MANIFEST_NAME, FileRecord, Manifest
-from quant.packed import PACKED_FORMATS, TILE_ROWS, PackedFormat, tiles
+from quant.packed import PACKED_FORMATS, TILE_ROWS, ExpertRecord, PackedFormat, tiles
 from quant.recipes import Recipe
 from quant.safetensors_writer import write_safetensors
 from quant.store import CONFIG_NAME
+from quant.store_formats import LINEARS, ExpertFormats
 from quant.store_layout import StoreEntry, plan_store
 
 POOL_TILES = 16  # of each width; matrices are drawn from them
@@ -53,19 +54,20 @@ class RandomWeights:
 
     def values(self, entry: StoreEntry) -> Iterator[memoryview]:
         """The bytes of one tensor, or of a layer's experts."""
-        fmt = PACKED_FORMATS.get(entry.representation)
-        if fmt is None:
-            yield from self._plain(entry.specs[0], entry.representation)
-        elif not entry.record_bytes:
+        if entry.record is not None:
+            for first in range(0, len(entry.specs), MATRICES):
+                yield from self._record(entry.record, entry.specs[first : first + MATRICES])
+        elif fmt := PACKED_FORMATS.get(entry.representation):
             yield from self._packed(fmt, entry.specs[0].shape)
         else:
-            for first in range(0, len(entry.specs), MATRICES):
-                yield from self._record(fmt, entry.specs[first : first + MATRICES], entry.record_bytes)
+            yield from self._plain(entry.specs[0], entry.representation)
 
-    def _record(self, fmt: PackedFormat, matrices: tuple[TensorSpec, ...], record_bytes: int) -> Iterator[memoryview]:
-        for spec in matrices:
+    def _record(self, record: ExpertRecord, matrices: tuple[TensorSpec, ...]) -> Iterator[memoryview]:
+        formats = (record.format, record.format, record.down_format)
+        for spec, fmt in zip(matrices, formats, strict=True):
             yield from self._packed(fmt, spec.shape)
-        yield memoryview(bytes(record_bytes - sum(fmt.nbytes(spec.shape) for spec in matrices)))
+        used = sum(fmt.nbytes(spec.shape) for spec, fmt in zip(matrices, formats, strict=True))
+        yield memoryview(bytes(record.nbytes - used))
 
     def _packed(self, fmt: PackedFormat, shape: tuple[int, ...]) -> Iterator[memoryview]:
         rows, columns = shape
@@ -108,13 +110,14 @@ def write_store(folder: Path, fields: dict[str, Any], experts: PackedFormat, lin
     check_target(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_texts(folder, fields, config.vocab_size)
-    recipe = Recipe(f"random-{experts.name}-{linears.name}", experts, (linears,))
-    weights, plans = RandomWeights(), plan_store(Inventory.of(config), recipe)
+    name, both = f"random-{experts.name}-{linears.name}", ExpertFormats(experts, experts)
+    formats = Recipe(name, both, (), dict.fromkeys(LINEARS, (linears,))).of(config)
+    weights, plans = RandomWeights(), plan_store(Inventory.of(config), formats)
     files = {name: _record_of(folder / name) for name in (CONFIG_NAME, TOKENIZER, TOKENIZER_CONFIG)}
     for name, plan in plans.items():
         say(f"writing {name}")
         files[name] = FileRecord(plan.nbytes, write_safetensors(folder / name, plan, weights.values))
-    manifest = Manifest(recipe, config.n_mtp_layers, files)
+    manifest = Manifest(formats, config.n_mtp_layers, files)
     with new_file(folder / MANIFEST_NAME) as file:
         file.write(manifest.to_json())
     return manifest

@@ -70,7 +70,15 @@ def quantize(
     dst: Annotated[
         str | None, typer.Argument(help="Folder of the store; a conversion that was stopped there goes on.")
     ] = None,
-    recipe: Annotated[str, typer.Option(metavar="NAME", help="accurate, fast or q8.")] = "accurate",
+    recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="fast, balanced, accurate, q8, or a TOML file.")] = (
+        "balanced"
+    ),
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Run this text through the model to see which columns count.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take an importance matrix of llama.cpp instead.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Convert nothing: compare the checksums of a store.")
@@ -90,7 +98,7 @@ def quantize(
         raise typer.BadParameter("give the folder of the store after the checkpoint")
     from cli.quantize import quantize as convert
 
-    convert(src, dst, recipe, jobs, json)
+    convert(src, dst, recipe, jobs, json, calibrate, imatrix)
 
 
 @app.command()
@@ -100,7 +108,8 @@ def plan(
     ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM. Default: what is available here.")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens a conversation may hold.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Plan for the store that `dsr1 quantize --recipe NAME` makes.")
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Plan for the store that `dsr1 quantize --recipe NAME` makes."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or emulate.")] = "auto",
     residency: Annotated[
@@ -179,6 +188,14 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, downloaded Hub id, or built-in name.")],
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="Reference to compare with.")] = None,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="Text to predict, UTF-8.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare with what --save-reference wrote, on its text.")
+    ] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the 64 likeliest tokens of each prediction there.")
+    ] = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Solve nano-r1's held-out problems instead.")] = False,
+    problems: Annotated[int, typer.Option(metavar="N", min=2, help="Problems of each task.")] = 1000,
     window: Annotated[int | None, typer.Option(metavar="N", min=2, help="Tokens of a window. Default: 512.")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens that the cache holds.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
@@ -188,9 +205,12 @@ def evaluate(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure how well a model predicts a text, and how far it is from the model that it was made from."""
-    from cli.eval import measure
+    from cli.eval import EvalOptions, measure
 
-    measure(model, against, text, window, context, threads, dtype, json)
+    options = EvalOptions(
+        against, text, reference, save_reference, tasks, problems, window, context, threads, dtype, json
+    )
+    measure(model, options)
 
 
 def chat_on_terminal(options: RunOptions) -> None:

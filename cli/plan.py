@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.escape import escape, say
+from cli.report import show_report
 from offload.costs import Prediction
 from offload.machine import Machine
 from offload.parts import Available
@@ -22,9 +23,10 @@ from quant.errors import CheckpointError, StoreError
 from quant.hub import HUB_ID, Published, published_in, published_on_hub
 from quant.inventory import Inventory
 from quant.journal import is_unfinished
-from quant.manifest import MANIFEST_NAME, read_manifest
-from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe, representations
+from quant.manifest import MANIFEST_NAME, check_layers, read_manifest
+from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe
 from quant.shapes import KNOWN_MODELS, known_shape
+from quant.store_formats import representations
 
 NANO_STORE, NANO_CHECKPOINT = "nano-r1", "nano-r1-fp8"
 TIERS = {"gpu": "GPU", "ram": "RAM", "disk": "disk"}
@@ -69,6 +71,7 @@ def plan(model: str, wishes: Wishes, recipe: str | None = None, output: Output |
     show(made.plan, subject.title, console)
     for line in (*speeds(prediction, made.planning.machine), *(made.plan.reasons if output.explain else ())):
         console.print(line, soft_wrap=True)
+    show_report(Path(model).expanduser(), console)
 
 
 def speeds(prediction: Prediction, machine: Machine) -> list[str]:
@@ -112,8 +115,8 @@ def find_subject(model: str, recipe: Recipe | None) -> Subject:
 
 
 def _store_of(model: str, inventory: Inventory, recipe: Recipe, notes: Sequence[str]) -> Subject:
-    title = f"{model} as a store of recipe {recipe.name}"
-    return Subject(title, inventory, lambda spec: representations(spec, recipe), tuple(notes))
+    title, formats = f"{model} as a store of recipe {recipe.name}", recipe.of(inventory.config)
+    return Subject(title, inventory, lambda spec: representations(spec, formats), tuple(notes))
 
 
 def _published_subject(model: str, published: Published, recipe: Recipe | None) -> Subject:
@@ -125,14 +128,15 @@ def _published_subject(model: str, published: Published, recipe: Recipe | None) 
 def _store_subject(folder: Path, recipe: Recipe | None) -> Subject:
     """A store runs as what it is; its manifest tells enough."""
     manifest = read_manifest(folder)
-    if recipe is not None and recipe.name != manifest.recipe.name:
+    stored = manifest.formats
+    if recipe is not None and recipe.name != stored.recipe:
         raise StoreError(
-            f"{folder} is a store of recipe {manifest.recipe.name} and stays one; "
+            f"{folder} is a store of recipe {stored.recipe} and stays one; "
             "--recipe is for models that are not quantised yet"
         )
     config = replace(load_config(folder), n_mtp_layers=manifest.mtp_layers)
-    stored = manifest.recipe
-    title = f"{folder}, a store of recipe {stored.name}"
+    check_layers(folder, manifest, config)
+    title = f"{folder}, a store of recipe {stored.recipe}"
     return Subject(title, Inventory.of(config), lambda spec: representations(spec, stored))
 
 

@@ -13,6 +13,8 @@ from rich.progress import Progress as ProgressBar
 
 from cli.compiling import show_compiling
 from cli.escape import escape, say
+from cli.importance import find_importance
+from cli.report import show_report
 from hybrid_rt.engine import use_threads
 from hybrid_rt.models import resolve_checkpoint
 from offload.sizes import format_size
@@ -27,7 +29,15 @@ from quant.store import is_store
 Show = Callable[[Progress], None]
 
 
-def quantize(src: str, dst: str, recipe: str, jobs: int | None, as_json: bool) -> None:
+def quantize(
+    src: str,
+    dst: str,
+    recipe: str,
+    jobs: int | None,
+    as_json: bool,
+    calibrate: Path | None = None,
+    imatrix: Path | None = None,
+) -> None:
     """Convert the model `src` into the folder `dst`, with `jobs` threads; told on standard error as it goes."""
     find_recipe(recipe)  # before the checkpoint is read
     source = resolve_checkpoint(src)
@@ -36,10 +46,11 @@ def quantize(src: str, dst: str, recipe: str, jobs: int | None, as_json: bool) -
     checkpoint, folder = Checkpoint.open(source), Path(dst).expanduser()
     use_threads(jobs)
     compile_ahead(ENCODING_KERNELS, show_compiling)
+    importance = find_importance(checkpoint, calibrate, imatrix)
     begin = time.perf_counter()
     try:
         with shown_progress() as show:
-            manifest = convert(checkpoint, folder, recipe, show)
+            manifest = convert(checkpoint, folder, recipe, show, importance)
     except KeyboardInterrupt:
         say("stopped; the same command continues where it was")
         raise
@@ -50,6 +61,7 @@ def quantize(src: str, dst: str, recipe: str, jobs: int | None, as_json: bool) -
         print(json.dumps({"store": str(folder), "recipe": recipe, "bytes": nbytes, "seconds": seconds, "files": files}))
     else:
         say(f"{folder}: {format_size(nbytes)}, recipe {recipe}, in {seconds:.0f} s")
+        show_report(folder, Console(stderr=True, highlight=False, markup=False))
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class CachedAttention:
     ) -> torch.Tensor:
         """Store the tokens' latents, then attend to all up to them.
 
-        wkv_b: [H, nope + v, C], or packed (_dense). Returns [T, H, v].
+        wkv_b: [H, nope + v, C], or packed (dense). Returns [T, H, v].
         """
         cached = self.cache.write(layer, self.start, latent)
         absorbed = q_nope.shape[0] <= ABSORBED_UP_TO
@@ -86,7 +86,7 @@ def attend_decompressed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """For many queries, the last T of the `cached` [N, C + rope] tokens, or of rows in 8 bits. Returns [T, H, v]."""
-    wkv_b = _dense(wkv_b)
+    wkv_b = dense(wkv_b)
     heads, width, lora = wkv_b.shape
     nope, rope = q_nope.shape[-1], q_pe.shape[-1]
     queries = torch.cat([q_nope, q_pe], dim=-1).float().transpose(0, 1) * scale  # [H, T, nope + rope]
@@ -108,7 +108,7 @@ def attend_absorbed(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cached: torch.Tensor, wkv_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """For few queries, the last T of the `cached` [N, C + rope] tokens, or of rows in 8 bits. Returns [T, H, v]."""
-    wkv_b = _dense(wkv_b)
+    wkv_b = dense(wkv_b)
     lora, nope = wkv_b.shape[-1], q_nope.shape[-1]
     w_uk, w_uv = wkv_b[:, :nope], wkv_b[:, nope:]
     q_latent = q_nope.float().transpose(0, 1) @ w_uk  # [H, T, C]
@@ -121,7 +121,7 @@ def attend_absorbed(
     return heads.transpose(0, 1).to(q_nope.dtype)
 
 
-def _dense(wkv_b: torch.Tensor) -> torch.Tensor:
+def dense(wkv_b: torch.Tensor) -> torch.Tensor:
     """wkv_b as float32 [H, nope + v, C]; packed it is uint8 [H, tiles, blocks, bytes of a block]."""
     if wkv_b.dtype != torch.uint8:
         return wkv_b.float()

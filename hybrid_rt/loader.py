@@ -107,7 +107,7 @@ class StoredParts:
         pieces = [records[slice(*placement.experts)] for placement in placements if placement.experts]
         whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         placed = self.backend.place("routed_expert", whole)
-        return DeviceExperts(placed, self.backend.place("expert slots", torch.tensor(slots)), self.source.record)
+        return DeviceExperts(placed, self.backend.place("expert slots", torch.tensor(slots)), self.source.record(layer))
 
     def _host_experts(
         self, layer: int, placements: Sequence[Placement]
@@ -116,7 +116,7 @@ class StoredParts:
         kept = [placement for placement in placements if placement.residency != "mapped"]
         if not kept or not isinstance(self.source, Store):
             return layer_experts(self.source, layer)
-        span, record = self.source.expert_span(layer), self.source.record
+        span, record = self.source.expert_span(layer), self.source.record(layer)
         report = self.meter.of(span.path.name)
         if kept[0].residency == "copied":
             copied = copy_records(span, record, self.loading.topology, self.loading.notes)
@@ -149,7 +149,7 @@ class StoredParts:
 def layer_experts(source: Source, layer: int) -> list[ExpertWeights] | PackedExperts:
     """The routed experts of a layer, as views of the mapped files."""
     if isinstance(source, Store):
-        return PackedExperts(source.expert_records(layer), source.record)
+        return PackedExperts(source.expert_records(layer), source.record(layer))
     return [_expert(source, f"layers.{layer}.ffn.experts.{expert}") for expert in range(source.config.n_routed_experts)]
 
 

@@ -12,7 +12,7 @@ from quant.convert import convert
 from quant.errors import StoreError
 from quant.kernels.ahead import ENCODING_KERNELS, PACKED_KERNELS, compile_ahead
 from quant.progress import Steps, untold
-from quant.recipes import DEFAULT_RECIPE, find_recipe
+from quant.recipes import DEFAULT_RECIPE, Recipe, find_recipe
 from quant.store import is_store
 from quant.user_cache import user_cache
 
@@ -23,15 +23,15 @@ def nano_store(recipe: str | None, compiling: Steps = untold) -> Path:
     recipe: None for the default. compiling: told of the kernels that make the store and then run it. Raises OSError
     where the cache cannot be written, StoreError for an unknown recipe.
     """
-    name = find_recipe(recipe or DEFAULT_RECIPE).name
-    folder = user_cache() / "stores" / f"nano-r1-{name}-{_fingerprint()}"
+    chosen = find_recipe(recipe or DEFAULT_RECIPE)
+    folder = user_cache() / "stores" / f"nano-r1-{chosen.name}-{_fingerprint(chosen)}"
     if is_store(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     compile_ahead([*PACKED_KERNELS, *ENCODING_KERNELS], compiling)
     own = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        convert(Checkpoint.open(NANO_R1), own, name)
+        convert(Checkpoint.open(NANO_R1), own, recipe or DEFAULT_RECIPE)
         own.rename(folder)
     except StoreError as error:
         raise OSError(str(error)) from None
@@ -43,9 +43,9 @@ def nano_store(recipe: str | None, compiling: Steps = untold) -> Path:
     return folder
 
 
-def _fingerprint() -> str:
+def _fingerprint(recipe: Recipe) -> str:
     """Changes with the checkpoint and with anything that decides a store's bytes."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(recipe).encode())
     sources = Path(quant.__file__).parent
     for path in sorted([*NANO_R1.iterdir(), *sources.glob("*.py"), sources / "kernels" / "encode.py"]):
         digest.update(path.name.encode() + path.read_bytes())

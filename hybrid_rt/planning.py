@@ -12,6 +12,7 @@ from offload.topology import Topology
 from offload.wishes import Wishes, plan_for
 from quant.errors import DeviceError, Dsr1Error
 from quant.inventory import TensorSpec
+from quant.recipes import find_recipe
 from quant.store import Store
 
 
@@ -57,5 +58,5 @@ def check_recipe(source: Source, recipe: str | None) -> None:
             f"{source.folder} is a published checkpoint and runs as it is; make a store of it with "
             f"`dsr1 quantize {source.folder} STORE --recipe {recipe}` and run that"
         )
-    if source.recipe != recipe:
+    if source.recipe != find_recipe(recipe).name:
         raise Dsr1Error(f"{source.folder} was made with the recipe {source.recipe}, not {recipe}; leave --recipe out")

@@ -203,14 +203,14 @@ def _check_records(experts: PackedExperts, dim: int) -> tuple[int, str]:
             f"records of shape {tuple(records.shape)} with {record.dim} columns are not those of a layer of experts "
             f"with {dim} columns, which take {record.nbytes} bytes each"
         )
-    return record.inter_dim, record.format.name
+    return record.inter_dim, record.format_name
 
 
 def _check_nodes(experts: NodeExperts, dim: int) -> tuple[int, str]:
     """(inter_dim, name of the format) of a layer's experts in the memory of nodes."""
     if experts.record.dim != dim:
         raise ValueError(f"experts with {experts.record.dim} columns are not those of a layer with {dim}")
-    return experts.record.inter_dim, experts.record.format.name
+    return experts.record.inter_dim, experts.record.format_name
 
 
 def _record_table(experts: PackedExperts) -> Tensor:

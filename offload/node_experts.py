@@ -64,12 +64,12 @@ def _share(record: ExpertRecord, node: int, nodes: int) -> NodeShare:
     down_bounds = [tiles(down) * number // nodes for number in (node, node + 1)]
     pieces: list[Piece] = []
     place = 0
-    for begin, shape, (first, end) in (
-        (record.w1, up, up_bounds),
-        (record.w3, up, up_bounds),
-        (record.w2, down, down_bounds),
+    for begin, fmt, shape, (first, end) in (
+        (record.w1, record.format, up, up_bounds),
+        (record.w3, record.format, up, up_bounds),
+        (record.w2, record.down_format, down, down_bounds),
     ):
-        tile_bytes = record.format.tile_bytes(shape)
+        tile_bytes = fmt.tile_bytes(shape)
         skipped, nbytes = first * tile_bytes, (end - first) * tile_bytes
         pieces.append(Piece(begin + skipped, skipped, nbytes, place))
         place += ceil(nbytes / TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT

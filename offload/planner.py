@@ -26,7 +26,7 @@ from offload.workspace import device_expert_bytes, host_bytes, workspace_bytes
 from quant.config import ModelConfig
 from quant.errors import ContextError, UsageError
 from quant.inventory import CacheFormat, Inventory, cache_bytes
-from quant.packed import PACKED_FORMATS
+from quant.packed import EXPERT_FORMATS
 
 DEFAULT_CONTEXT = 32768
 PREFILL_CHUNKS = (128, 256, 512, 1024, 2048, 4096)  # tokens
@@ -225,7 +225,7 @@ def choose_residency(
     node_bytes: what each node has left. Raises UsageError for an unknown name, PlanError for what cannot be.
     """
     residency, forms = _parse_residency(asked), expert_forms(inventory, available)
-    if any(form.representation not in PACKED_FORMATS for form in forms):
+    if any(form.representation not in EXPERT_FORMATS for form in forms):
         if residency in (None, "mapped"):
             return "mapped"
         raise PlanError(

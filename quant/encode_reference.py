@@ -2,7 +2,7 @@
 
 Everything is float32 and happens in one order. Shapes: R rows and B blocks of 128 columns, padded; each block's row
 holds P groups of `fmt.group` columns. Groups are [R, B, P, group], a value for each of them is [R, B, P], one for each
-block's row [R, B, 1]; A anchors are tried.
+block's row [R, B, 1]; A anchors are tried. How much each column counts, c, is [1, B, P, group].
 """
 
 from typing import Any, NamedTuple
@@ -30,22 +30,27 @@ TOP_INTEGERS: dict[IntegerKind, tuple[float, ...]] = {
 # Of a block's row, so that no square overflows or vanishes.
 SMALLEST_POWER, LARGEST_POWER = np.float32(2.0**-100), np.float32(2.0**100)
 NEGLIGIBLE = np.float32(2.0**-60)  # a group whose values are all below this, once scaled, becomes zeros
+NOTHING = np.float32(2.0**-20)  # a sum of squared levels below is that of zeros: columns count at least 2^-7
 EXPONENT_BITS = 0x7F800000
 ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
 
 
 class Rows(NamedTuple):
-    """Weights divided by a power of two for each block's row: groups [R, B, P, group]; power [R, B, 1]."""
+    """Weights divided by a power of two for each block's row: groups [R, B, P, group]; power [R, B, 1].
+
+    columns: how much the error in each column counts, [1, B, P, group].
+    """
 
     groups: Floats
     power: Floats
+    columns: Floats
 
 
 class Fits(NamedTuple):
     """The levels that each anchor gives to each group, [A, R, B, P].
 
-    scale: the best one for these levels. squares: Σ level²; a scale that is off by x adds x² times that to the error.
-    gain: by how much levels and scale bring Σ x² down.
+    scale: the best one for these levels. squares: Σ c level²; a scale that is off by x adds x² times that to the error.
+    gain: by how much levels and scale bring Σ c x² down.
     """
 
     scale: Floats
@@ -53,9 +58,12 @@ class Fits(NamedTuple):
     gain: Floats
 
 
-def quantise(weight: Floats, fmt: PackedFormat) -> Codes:
-    """The codes and scales of a finite matrix [N, K], padded to whole blocks with zeros."""
-    rows = _normalise(weight, fmt)
+def quantise(weight: Floats, fmt: PackedFormat, columns: Floats | None = None) -> Codes:
+    """The codes and scales of a finite matrix [N, K], padded to whole blocks with zeros.
+
+    columns: how much the squared error in each column counts, [K], above 0; by default alike.
+    """
+    rows = _normalise(weight, fmt, np.ones(weight.shape[1], np.float32) if columns is None else columns)
     if fmt.integers is None:
         stored, d = _one_scale(rows, fmt)
         integers = np.ones_like(d)
@@ -66,14 +74,17 @@ def quantise(weight: Floats, fmt: PackedFormat) -> Codes:
     return Codes(_matrix(codes), _matrix(integers.astype(np.int8)), _matrix(bf16_of_float(stored)))
 
 
-def _normalise(weight: Floats, fmt: PackedFormat) -> Rows:
-    """Each block's row over 2^e, where 2^e <= max|w| < 2^(e + 1), but e within -100 .. 100."""
+def _normalise(weight: Floats, fmt: PackedFormat, columns: Floats) -> Rows:
+    """Each block's row over 2^e, where 2^e <= max|w| < 2^(e + 1), but e within -100 .. 100. Filling counts as 1."""
     padded = np.zeros(padded_shape(weight.shape), np.float32)
     padded[: weight.shape[0], : weight.shape[1]] = weight
     blocks = padded.reshape(padded.shape[0], -1, BLOCK_K)
     below = (np.abs(blocks).max(axis=2, keepdims=True).view(np.uint32) & EXPONENT_BITS).view(np.float32)
     power = np.clip(below, SMALLEST_POWER, LARGEST_POWER)
-    return Rows((blocks * (ONE / power)).reshape(*blocks.shape[:2], -1, fmt.group), power)
+    counts: Floats = np.ones(padded.shape[1], np.float32)
+    counts[: len(columns)] = columns
+    groups = (blocks * (ONE / power)).reshape(*blocks.shape[:2], -1, fmt.group)
+    return Rows(groups, power, counts.reshape(1, *groups.shape[1:]))
 
 
 def _one_scale(rows: Rows, fmt: PackedFormat) -> tuple[Floats, Floats]:
@@ -82,7 +93,7 @@ def _one_scale(rows: Rows, fmt: PackedFormat) -> tuple[Floats, Floats]:
     best_stored, best, least = np.zeros_like(peak), np.zeros_like(peak), np.full_like(peak, INFINITY)
     for anchor in ANCHORS[fmt.name]:
         stored, d = _store(peak / np.float32(anchor), rows, largest_scale(fmt))
-        error = _error(rows.groups, d, fmt)
+        error = _error(rows, d, fmt)
         better = error < least
         best_stored, best = np.where(better, stored, best_stored), np.where(better, d, best)
         least = np.where(better, error, least)
@@ -91,7 +102,7 @@ def _one_scale(rows: Rows, fmt: PackedFormat) -> tuple[Floats, Floats]:
 
 def _two_scales(rows: Rows, fmt: PackedFormat, kind: IntegerKind) -> tuple[Floats, Floats]:
     """The integers of all groups, and the d (over 2^e), with the least error as far as the anchors' fits tell it."""
-    fits = _fit_anchors(rows.groups, fmt)
+    fits = _fit_anchors(rows, fmt)
     first = fits.gain.argmax(axis=0)[None]
     top = np.abs(np.take_along_axis(fits.scale, first, axis=0)[0]).max(axis=2, keepdims=True)
     best, least = np.zeros_like(top), np.full_like(top, INFINITY)
@@ -102,11 +113,11 @@ def _two_scales(rows: Rows, fmt: PackedFormat, kind: IntegerKind) -> tuple[Float
     return _cheapest_integers(fits, best, kind)[0], best
 
 
-def _fit_anchors(groups: Floats, fmt: PackedFormat) -> Fits:
-    peak = _peaks(groups)
-    sums = [_fit(groups, _over(np.float32(anchor), peak), fmt) for anchor in ANCHORS[fmt.name]]
+def _fit_anchors(rows: Rows, fmt: PackedFormat) -> Fits:
+    peak = _peaks(rows.groups)
+    sums = [_fit(rows, _over(np.float32(anchor), peak), fmt) for anchor in ANCHORS[fmt.name]]
     products, squares = (np.stack(values) for values in zip(*sums, strict=True))
-    scale = products / np.maximum(squares, ONE)
+    scale = np.divide(products, np.where(squares < NOTHING, ONE, squares), dtype=np.float32)
     return Fits(scale, squares, scale * products)
 
 
@@ -128,7 +139,7 @@ def _nearest_integers(scale: Floats, d: Floats, kind: IntegerKind) -> Floats:
 
 def _refit(rows: Rows, integers: Floats, d: Floats, fmt: PackedFormat) -> tuple[Floats, Floats]:
     """The best d for these integers and the levels that are nearest with the d so far: as stored, and over 2^e."""
-    products, squares = _fit(rows.groups, _over(ONE, integers * d), fmt)
+    products, squares = _fit(rows, _over(ONE, integers * d), fmt)
     numerator, denominator = _sum(integers * products), _sum(integers * integers * squares)
     return _store(_over(numerator, denominator)[..., None], rows, largest_scale(fmt))
 
@@ -186,16 +197,17 @@ def _nearest_levels(groups: Floats, inverse: Floats, fmt: PackedFormat) -> Float
     return codes.astype(np.float32) - np.float32(fmt.zero)
 
 
-def _fit(groups: Floats, inverse: Floats, fmt: PackedFormat) -> tuple[Floats, Floats]:
-    """Σ level × x and Σ level², with the levels nearest to the values times `inverse`."""
-    levels = _nearest_levels(groups, inverse, fmt)
-    return _sum(levels * groups), _sum(levels * levels)
+def _fit(rows: Rows, inverse: Floats, fmt: PackedFormat) -> tuple[Floats, Floats]:
+    """Σ c level × x and Σ c level², with the levels nearest to the values times `inverse`."""
+    levels = _nearest_levels(rows.groups, inverse, fmt)
+    counted = levels * rows.columns
+    return _sum(counted * rows.groups), _sum(counted * levels)
 
 
-def _error(groups: Floats, scale: Floats, fmt: PackedFormat) -> Floats:
-    """Σ (x - level × scale)², with the nearest levels."""
-    off = groups - _nearest_levels(groups, _over(ONE, scale), fmt) * scale[..., None]
-    return _sum(off * off)
+def _error(rows: Rows, scale: Floats, fmt: PackedFormat) -> Floats:
+    """Σ c (x - level × scale)², with the nearest levels."""
+    off = rows.groups - _nearest_levels(rows.groups, _over(ONE, scale), fmt) * scale[..., None]
+    return _sum(off * rows.columns * off)
 
 
 def _sum(values: Floats) -> Floats:

@@ -1,40 +1,85 @@
 """Turn plain weights into packed ones: the way into the formats of quant/packed.py."""
 
+from collections.abc import Sequence
+
 import torch
 
 from quant.encode_reference import ANCHORS
 from quant.kernels import encode as encode_kernel
 from quant.kernels.decode import PACKED_CODES
 from quant.kernels.threads import call, parts_for
-from quant.packed import TILE_ROWS, PackedFormat, tiles
+from quant.packed import BLOCK_K, TILE_ROWS, PackedFormat, blocks_per_row, tiles
 
 STRIP_WEIGHTS = 1 << 24  # made float32 and encoded at a time: 64 MiB, and tiles for many threads
+LEAST_WEIGHT = 1 / 128  # of a column, relative to the mean
 WORK = 64  # what a weight costs, in multiplications
 
 
-def encode(weight: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+class Errors:
+    """Σ w², Σ e², Σ c w² and Σ c e² of what was encoded: weights w, errors e, and how much their columns count, c."""
+
+    def __init__(self) -> None:
+        self.sums = [0.0] * encode_kernel.SUM_COUNT
+        self.measured = False
+
+    def add(self, sums: Sequence[float]) -> None:
+        self.sums = [one + other for one, other in zip(self.sums, sums, strict=True)]
+        self.measured = True
+
+
+def encode(
+    weight: torch.Tensor,
+    fmt: PackedFormat,
+    importance: torch.Tensor | None = None,
+    errors: Errors | None = None,
+) -> torch.Tensor:
     """A matrix [N, K] of any float dtype, on the CPU, as uint8 [fmt.nbytes((N, K))].
 
-    Beside its result it needs memory for a strip of rows at a time. ValueError for anything else, and for weights
-    that are NaN, infinite or beyond float32.
+    importance: how much squared errors in each column count, float32 [K], such as the mean square of what is multiplied
+    with it (`column_weights`); by default alike. errors: what the errors are added to. Beside its result it needs
+    memory for a strip of rows at a time. ValueError for anything else, and for weights that are NaN, infinite or beyond
+    float32.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or weight.device.type != "cpu":
         what = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
         raise ValueError(f"only a matrix [N, K] of floats on the CPU can be packed, not {what}")
     shape = (weight.shape[0], weight.shape[1])
     out = torch.empty(fmt.nbytes(shape), dtype=torch.uint8)
+    columns = column_weights(torch.ones(shape[1]) if importance is None else importance, shape[1])
     strip_tiles = max(1, STRIP_WEIGHTS // (TILE_ROWS * max(1, shape[1])))
     for first in range(0, tiles(shape), strip_tiles):
         strip = weight[first * TILE_ROWS : (first + strip_tiles) * TILE_ROWS].detach()
-        _encode_strip(strip.to(torch.float32).contiguous(), fmt, out[first * fmt.tile_bytes(shape) :])
+        part = out[first * fmt.tile_bytes(shape) :]
+        _encode_strip(strip.to(torch.float32).contiguous(), fmt, columns, part, errors)
     return out
 
 
-def _encode_strip(weight: torch.Tensor, fmt: PackedFormat, out: torch.Tensor) -> None:
+def column_weights(importance: torch.Tensor, count: int) -> torch.Tensor:
+    """What the search takes for `importance` [count], 0 or positive: float32, filled up to whole blocks with 1.
+
+    Relative to the mean, and within LEAST_WEIGHT .. 1 / LEAST_WEIGHT: a text that hardly uses a column does not say
+    that others do not. Raises ValueError for values below 0, infinite ones, or too few or many.
+    """
+    if importance.shape != (count,) or not importance.isfinite().all() or (importance < 0).any():
+        raise ValueError(f"the importance of {count} columns must be as many numbers of at least 0")
+    weights = torch.ones(blocks_per_row((1, count)) * BLOCK_K)
+    mean = importance.double().mean()
+    if mean > 0:
+        weights[:count] = (importance / mean).clamp(LEAST_WEIGHT, 1 / LEAST_WEIGHT)
+    return weights
+
+
+def _encode_strip(
+    weight: torch.Tensor, fmt: PackedFormat, columns: torch.Tensor, out: torch.Tensor, errors: Errors | None
+) -> None:
     if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():  # ten times faster than isfinite
         raise ValueError(f"weights that are NaN or infinite in float32 cannot be packed as {fmt.name}")
     (n, k), parts = weight.shape, parts_for(weight.numel() * WORK)
     table = encode_kernel.search_table(fmt)
     scratch = torch.empty(parts * encode_kernel.SCRATCH_BYTES, dtype=torch.uint8)
-    addresses = (weight.data_ptr(), table.ctypes.data, out.data_ptr(), scratch.data_ptr())
-    call(encode_kernel.encode, (*addresses, n, k, PACKED_CODES[fmt.name], len(ANCHORS[fmt.name])), parts)
+    sums = torch.zeros(parts, encode_kernel.SUM_COUNT, dtype=torch.float64)
+    tensors = (out.data_ptr(), scratch.data_ptr(), columns.data_ptr(), 0 if errors is None else sums.data_ptr())
+    arguments = (weight.data_ptr(), table.ctypes.data, *tensors, n, k, PACKED_CODES[fmt.name], len(ANCHORS[fmt.name]))
+    call(encode_kernel.encode, arguments, parts)
+    if errors is not None:
+        errors.add(sums.sum(0).tolist())

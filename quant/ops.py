@@ -20,7 +20,7 @@ from quant.kernels.jit import Kernel
 from quant.kernels.routing import order_integers
 from quant.kernels.threads import parts_for, thread_count
 from quant.kernels.vector import BF16_CODE, F32_CODE, FP8_CODE
-from quant.packed import PACKED_FORMATS, PackedFormat
+from quant.packed import EXPERT_FORMATS, PACKED_FORMATS, PackedFormat
 from quant.tape import call, empty, scratch
 
 KERNELS: dict[torch.dtype, tuple[Format, int]] = {
@@ -142,14 +142,14 @@ def _packed_linear_fake(x: Tensor, data: Tensor, name: str, rows: int, columns: 
 class MoeKernel(NamedTuple):
     """A kernel for the experts of a layer, and what it asks of its caller.
 
-    codes: its number for each way in which weights may be stored, a dtype or the name of a packed format. more: what
-    else it wants to know of a call.
+    codes: its numbers, of w1 and w3 and of w2, for each way in which weights may be stored: a dtype, or the name of a
+    packed format or of two (ExpertRecord.format_name). more: what else it wants to know of a call.
     """
 
     run: Kernel
     table_columns: int
     scratch_floats: Callable[[int, int, int, int, int], int]
-    codes: Mapping[Any, int]
+    codes: Mapping[Any, tuple[int, int]]
     most_nodes: int
     more: Callable[["MoeCall"], tuple[int, ...]]
 
@@ -165,7 +165,7 @@ class MoeCall(NamedTuple):
     topk_weights: Tensor  # float32 [T, K]
     table: Tensor  # int64 [E, 6]: addresses of w1, w3, w2 and of their scales; packed: [E, 3], w1, w3, w2
     inter_dim: int
-    stored: torch.dtype | str  # dtype of the weights, or name of their packed format
+    stored: torch.dtype | str  # dtype of the weights, or name of their packed formats
     nodes: int  # NUMA nodes that share each packed matrix's rows: the table is one for each of them, [nodes * E, 3]
     order: Tensor  # int64, overwritten
     scratch: Tensor  # float32, overwritten
@@ -185,7 +185,7 @@ PLAIN_MOE = MoeKernel(
     run=moe.moe_experts,
     table_columns=moe.TABLE_COLUMNS,
     scratch_floats=moe.scratch_floats,
-    codes={dtype: code for dtype, (_, code) in KERNELS.items()},
+    codes={dtype: (code, code) for dtype, (_, code) in KERNELS.items()},
     most_nodes=1,
     more=lambda layer: (1, 0),
 )
@@ -193,7 +193,9 @@ PACKED_MOE = MoeKernel(
     run=packed_moe.packed_moe_experts,
     table_columns=packed_moe.TABLE_COLUMNS,
     scratch_floats=packed_moe.scratch_floats,
-    codes=PACKED_CODES,
+    codes={
+        name: (PACKED_CODES[gate_up.name], PACKED_CODES[down.name]) for name, (gate_up, down) in EXPERT_FORMATS.items()
+    },
     most_nodes=packed_moe.MOST_NODES,
     more=lambda layer: (layer.nodes, int(has_tiles())),
 )
@@ -251,7 +253,7 @@ def _run_moe(kernel: MoeKernel, layer: MoeCall) -> None:
         raise ValueError(f"order and scratch are too small for {tokens} tokens; moe_scratch_sizes gives their sizes")
     parts = min(fitting, parts_for(3 * tokens * top_k * dim * inter))
     buffers = (layer.x, layer.topk_ids, layer.topk_weights, layer.table, layer.out, layer.order, layer.scratch)
-    sizes = (tokens, top_k, experts, dim, inter, kernel.codes[layer.stored], *kernel.more(layer))
+    sizes = (tokens, top_k, experts, dim, inter, *kernel.codes[layer.stored], *kernel.more(layer))
     if not call(kernel.run, (*(buffer.data_ptr() for buffer in buffers), *sizes), parts):
         raise IndexError(f"topk_ids holds an expert outside -1 .. {experts - 1}")
 

@@ -103,16 +103,40 @@ def blocks_per_row(shape: tuple[int, ...]) -> int:
     return ceil(shape[1] / BLOCK_K)
 
 
+def experts_format(gate_up: PackedFormat, down: PackedFormat) -> str:
+    """The name of a pair of formats: a plan writes what a component has in several formats as "a+b"."""
+    return gate_up.name if gate_up == down else f"{gate_up.name}+{down.name}"
+
+
+# The pairs of formats, of gate and up and of down, that a routed expert may have, by their names.
+EXPERT_FORMATS = {
+    experts_format(gate_up, down): (gate_up, down)
+    for gate_up in PACKED_FORMATS.values()
+    for down in PACKED_FORMATS.values()
+}
+
+
 @dataclass(frozen=True)
 class ExpertRecord:
     """Where the matrices of a routed expert lie in its record: gate (w1), up (w3), down (w2), one after the other.
 
-    w1 and w3: [inter, dim]; w2: [dim, inter].
+    w1 and w3: [inter, dim]; w2: [dim, inter]. format: of w1 and w3, and of w2 unless `w2_format` is given.
     """
 
     format: PackedFormat
     dim: int
     inter_dim: int
+    w2_format: PackedFormat | None = None
+
+    @property
+    def down_format(self) -> PackedFormat:
+        """The format of w2."""
+        return self.w2_format or self.format
+
+    @property
+    def format_name(self) -> str:
+        """What the formats are called together: "accurate", or "accurate+q8" where w2 is q8."""
+        return experts_format(self.format, self.down_format)
 
     @property
     def w1(self) -> int:
@@ -129,5 +153,5 @@ class ExpertRecord:
     @property
     def nbytes(self) -> int:
         """Bytes of a record, filled up with zeros to whole pages of 4 KiB."""
-        used = self.w2 + self.format.nbytes((self.dim, self.inter_dim))
+        used = self.w2 + self.down_format.nbytes((self.dim, self.inter_dim))
         return ceil(used / RECORD_ALIGNMENT) * RECORD_ALIGNMENT

@@ -16,7 +16,7 @@ from quant.packed import TENSOR_ALIGNMENT
 
 DATA_ALIGNMENT = 4096  # of the first byte of data
 LENGTH_BYTES = 8
-ITEM_BYTES = {"U8": 1, "BF16": 2, "F32": 4}
+ITEM_BYTES = {"U8": 1, "BF16": 2, "F32": 4, "I32": 4}
 PADDING = "padding."
 
 

@@ -15,12 +15,12 @@ from quant.files import sha256_of
 from quant.formats import FORMATS, QuantTensor
 from quant.inventory import Inventory, TensorSpec
 from quant.journal import is_unfinished
-from quant.manifest import MANIFEST_NAME, REMEDY, Manifest, read_manifest
-from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat
+from quant.manifest import MANIFEST_NAME, REMEDY, Manifest, check_layers, read_manifest
+from quant.packed import PACKED_FORMATS, ExpertRecord
 from quant.progress import Meter, Progress
-from quant.recipes import representations
 from quant.safetensors_file import FileSpan, SafetensorsFile
 from quant.safetensors_writer import DATA_ALIGNMENT, PADDING
+from quant.store_formats import representations
 from quant.store_layout import METADATA, StoreEntry, entry_name, expert_record, experts_name, layer_file, plan_store
 
 CONFIG_NAME = "config.json"
@@ -66,22 +66,18 @@ class Store:
                 + REMEDY
             )
         config = replace(config, n_mtp_layers=manifest.mtp_layers)
+        check_layers(folder, manifest, config)
         inventory = Inventory.of(config)
         return cls(folder, config, inventory, manifest, _open_shards(folder, inventory, manifest))
 
     @property
     def recipe(self) -> str:
         """The name of the recipe."""
-        return self.manifest.recipe.name
+        return self.manifest.formats.recipe
 
-    @property
-    def expert_format(self) -> PackedFormat:
-        return self.manifest.recipe.experts
-
-    @property
-    def record(self) -> ExpertRecord:
-        """Where the matrices lie in each row of `expert_records`."""
-        return expert_record(self.inventory, self.manifest.recipe)
+    def record(self, layer: int) -> ExpertRecord:
+        """Where the matrices lie in each row of `expert_records`. Raises KeyError for a layer without experts."""
+        return expert_record(self.inventory, self.manifest.formats, layer)
 
     @property
     def mtp_layers(self) -> range:
@@ -95,7 +91,7 @@ class Store:
 
     def representations(self, name: str) -> tuple[str, ...]:
         """Formats in which a tensor is there, the most exact one first. Raises KeyError for an unknown name."""
-        return representations(self.inventory.by_name[name], self.manifest.recipe)
+        return representations(self.inventory.by_name[name], self.manifest.formats)
 
     def weight(self, name: str, representation: str | None = None) -> QuantTensor:
         """A tensor as a view of the mapped file, in its most exact representation or the one that is named.
@@ -133,9 +129,10 @@ class Store:
     def _expert_matrix(self, spec: TensorSpec) -> QuantTensor:
         assert spec.layer is not None and spec.expert is not None
         matrix = spec.name.rpartition(".")[2]
-        begin = {"w1": self.record.w1, "w3": self.record.w3, "w2": self.record.w2}[matrix]
-        end = begin + self.expert_format.nbytes(spec.shape)
-        return QuantTensor(self.expert_format, spec.shape, self.expert_records(spec.layer)[spec.expert, begin:end])
+        record, fmt = self.record(spec.layer), self.manifest.formats.experts[spec.layer].of(spec.name)
+        begin = {"w1": record.w1, "w3": record.w3, "w2": record.w2}[matrix]
+        data = self.expert_records(spec.layer)[spec.expert, begin : begin + fmt.nbytes(spec.shape)]
+        return QuantTensor(fmt, spec.shape, data)
 
     def verify(self, progress: Callable[[Progress], None]) -> None:
         """Read every file and compare its checksum. Raises StoreError naming the files that differ."""
@@ -167,7 +164,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 def _open_shards(folder: Path, inventory: Inventory, manifest: Manifest) -> dict[str, SafetensorsFile]:
     """The files of tensors, each with exactly the tensors that recipe and model give it."""
-    plans = plan_store(inventory, manifest.recipe)
+    plans = plan_store(inventory, manifest.formats)
     listed = {name for name in manifest.files if name.endswith(".safetensors")}
     if listed != plans.keys():
         [name, *_] = sorted(listed ^ plans.keys())

@@ -228,7 +228,7 @@ def test_a_random_store_opens_and_runs(ragged: dict[str, object], tmp_path: Path
     write_store(tmp_path / "store", fields, FAST, Q8)
     store = Store.open(tmp_path / "store")
     store.verify(lambda _: None)
-    assert store.expert_format is FAST and store.representations("head") == ("q8",)
+    assert store.record(2).format is FAST and store.representations("head") == ("q8",)
     expert = store.weight("layers.2.ffn.experts.3.w2").dequantize(torch.float32)
     assert expert.std() * expert.shape[1] ** 0.5 == pytest.approx(1, rel=0.1)
     before = thread_count(), torch.get_num_threads()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from quant import encoding
 from quant.encode_reference import quantise
-from quant.encoding import encode
+from quant.encoding import Errors, column_weights, encode
 from quant.kernels import set_threads
 from quant.packed import ACCURATE, FAST, PACKED_FORMATS, Q8, PackedFormat
 from quant.packing import Codes, bf16_of_float, decode, float_of_bf16, pack, unpack
@@ -84,6 +84,56 @@ def test_the_kernel_writes_the_bytes_of_the_reference(
     unpacked = unpack(data, fmt, values.shape)
     assert not (unpacked.block_scales & 0x8000).any(), "d has no sign, not even zero's"
     assert fmt is not Q8 or unpacked.codes.min() >= 1
+
+
+@given(st.sampled_from(ALL), st.sampled_from(sorted(KINDS)), ROWS, COLUMNS, st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+@example(ACCURATE, "mixed magnitudes", 33, 416, 0)
+@example(FAST, "whole numbers", 17, 160, 0)
+def test_the_kernel_weighs_columns_as_the_reference(
+    fmt: PackedFormat, kind: str, rows: int, columns: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = KINDS[kind]((rows, columns), rng).astype(np.float32)
+    importance = torch.from_numpy(rng.exponential(size=columns).astype(np.float32) ** 3)
+    data = encode(torch.from_numpy(values), fmt, importance).numpy()
+    counts = column_weights(importance, columns).numpy()[:columns]
+    np.testing.assert_array_equal(data, pack(quantise(values, fmt, counts), fmt))
+
+
+@each_format
+def test_importance_moves_errors_to_where_they_count_least(fmt: PackedFormat) -> None:
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy(gaussian((64, 512), rng))
+    importance = torch.from_numpy(rng.exponential(size=512).astype(np.float32) ** 2)
+    off = {}
+    for name, given_importance in (("alike", None), ("weighed", importance)):
+        data = encode(values, fmt, given_importance).numpy()
+        off[name] = torch.from_numpy(decode(data, fmt, (64, 512))) - values
+    weighed = {name: float((error.square() * importance).sum()) for name, error in off.items()}
+    assert weighed["weighed"] < (0.97 if fmt is not Q8 else 1) * weighed["alike"]
+    ones = encode(values, fmt, torch.full((512,), 3.0))
+    assert torch.equal(ones, encode(values, fmt)), "columns that count alike change nothing"
+
+
+@each_format
+def test_errors_are_summed_on_the_way(fmt: PackedFormat) -> None:
+    rng, found = np.random.default_rng(1), Errors()
+    values, importance = gaussian((37, 300), rng) * 1e-3, rng.uniform(0.5, 2, 300).astype(np.float32)
+    data = encode(torch.from_numpy(values), fmt, torch.from_numpy(importance), found).numpy()
+    off = decode(data, fmt, values.shape).astype(np.float64) - values
+    counts = column_weights(torch.from_numpy(importance), 300).numpy()[:300].astype(np.float64)
+    squares = values.astype(np.float64) ** 2
+    expected = [squares.sum(), (off**2).sum(), (squares * counts).sum(), (off**2 * counts).sum()]
+    assert found.sums == pytest.approx(expected, rel=1e-4)
+
+
+def test_importance_that_is_none() -> None:
+    for importance in (torch.ones(3), torch.tensor([1.0, -1]), torch.tensor([1.0, torch.nan])):
+        with pytest.raises(ValueError, match="importance"):
+            encode(torch.ones(2, 2), FAST, importance)
+    assert torch.equal(encode(torch.ones(2, 2), FAST, torch.zeros(2)), encode(torch.ones(2, 2), FAST))
+    assert column_weights(torch.tensor([0.0, 1, 1e9]), 3)[:3].tolist() == [1 / 128, 1 / 128, pytest.approx(3)]
 
 
 @each_format

@@ -4,25 +4,29 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import add, mul, sub
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from cli.eval import measure
+from cli.eval import EvalOptions, measure
 from hybrid_rt import Engine
-from hybrid_rt.evaluate.evaluation import evaluate, quantile
+from hybrid_rt.evaluate.evaluation import evaluate, evaluate_and_save, evaluate_saved, quantile, windows_of
+from hybrid_rt.evaluate.saved_reference import SavedReference, compare_top, save_reference
 from hybrid_rt.evaluate.scores import ROWS
-from hybrid_rt.evaluate.statistics import mean, perplexity, share
+from hybrid_rt.evaluate.statistics import mean, paired, perplexity, share, share_of_blocks, student_t
 from hybrid_rt.evaluate.text import DIALOGUES, Text, find_text
 from hybrid_rt.evaluate.windows import cut, cut_all
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
-from quant.errors import ContextError, Dsr1Error, TokenizerError
+from quant.errors import ContextError, Dsr1Error, TokenizerError, UsageError
 from tests.tiny_checkpoint import write_checkpoint
 from tests.tiny_tokenizer import write_tokenizer
 from tools.nano_r1.tasks import TASKS
@@ -81,10 +85,13 @@ def test_perplexity_is_that_of_the_second_halves(engine: Engine) -> None:
     found = evaluate(engine, Text(PROSE), WINDOW)
     assert (found.windows, found.tokens, found.window) == (3, 45, 30) == (len(PROSE) // 29, len(nll), WINDOW)
     average = math.fsum(nll) / 45
-    spread = math.sqrt(math.fsum((value - average) ** 2 for value in nll) / 44 / 45)
+    means = [math.fsum(nll[first : first + 15]) / 15 for first in (0, 15, 30)]
+    spread = math.sqrt(math.fsum((value - average) ** 2 for value in means) / 2 / 3)  # of three windows alike in size
     assert found.nll.value == pytest.approx(average, rel=1e-5)
     assert found.perplexity.value == pytest.approx(math.exp(average), rel=1e-5)
-    assert found.perplexity.high - found.perplexity.value == pytest.approx(1.96 * spread * math.exp(average), rel=1e-4)
+    assert found.perplexity.high - found.perplexity.value == pytest.approx(
+        student_t(2) * spread * math.exp(average), rel=1e-4
+    )
     assert found.comparison is None
 
 
@@ -115,22 +122,104 @@ def test_a_model_is_no_way_from_itself(engine: Engine) -> None:
 
 
 def test_neither_chunks_nor_many_rows_change_a_figure(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = evaluate(engine, Text(PROSE), 60)
+    whole = evaluate(engine, Text(2 * PROSE), 60)
     asked = []
     head = engine.head
     monkeypatch.setattr(engine, "prefill_chunk", 7)
     monkeypatch.setattr("hybrid_rt.evaluate.scores.ROWS", 4)
     monkeypatch.setattr(engine, "head", lambda states: asked.append(len(states)) or head(states))
-    chunked = evaluate(engine, Text(PROSE), 60)
-    assert sum(asked) == 30 and max(asked) == 4 < ROWS
+    chunked = evaluate(engine, Text(2 * PROSE), 60)
+    assert sum(asked) == 90 and max(asked) == 4 < ROWS
     assert chunked.nll.value == pytest.approx(whole.nll.value, rel=1e-4)
 
 
 def test_a_store_is_some_way_from_its_checkpoint(chat_folder: Path, tmp_path: Path, engine: Engine) -> None:
     convert(Checkpoint.open(chat_folder), tmp_path / "store", "fast")
-    found = evaluate(load(tmp_path / "store"), Text(PROSE), WINDOW, engine).comparison
+    found = evaluate(load(tmp_path / "store"), Text(4 * PROSE), WINDOW, engine).comparison
     assert found is not None
     assert 0 < found.kl.low < found.kl.value < 2 and 0 < found.agreement.value < 1
+
+
+# A reference in a file
+
+
+@pytest.fixture(scope="module")
+def saved(other: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The predictions of `other`, as many as fit: 64 of 512."""
+    path = tmp_path_factory.mktemp("saved") / "reference"
+    assert evaluate_and_save(other, Text(PROSE), path, WINDOW) == evaluate(other, Text(PROSE), WINDOW)
+    return path
+
+
+def test_a_saved_reference_compares_as_the_model_does(engine: Engine, other: Engine, saved: Path) -> None:
+    found, whole = evaluate_saved(engine, SavedReference.open(saved)), evaluate(engine, Text(PROSE), WINDOW, other)
+    assert found.nll == whole.nll and found.comparison is not None and whole.comparison is not None
+    assert found.comparison.agreement == whole.comparison.agreement
+    assert found.comparison.nll_difference.value == pytest.approx(whole.comparison.nll_difference.value, abs=1e-5)
+    assert 0 < found.comparison.kl.value < whole.comparison.kl.value
+    assert 0 < found.comparison.tail_mass < 1 and whole.comparison.tail_mass == 0
+    itself = evaluate_saved(other, SavedReference.open(saved)).comparison
+    assert itself is not None and itself.kl_max < 1e-6 and itself.agreement.value == 1
+
+
+def test_with_all_tokens_kept_nothing_is_lost(engine: Engine, other: Engine, tmp_path: Path) -> None:
+    windows = windows_of(other, Text(PROSE), WINDOW, None)
+    save_reference(other, windows, tmp_path / "all", lambda done, total: None, k=other.config.vocab_size)
+    found = evaluate_saved(engine, SavedReference.open(tmp_path / "all")).comparison
+    whole = evaluate(engine, Text(PROSE), WINDOW, other).comparison
+    assert found is not None and whole is not None and found.tail_mass < 1e-6
+    assert found.kl.value == pytest.approx(whole.kl.value, rel=1e-5)
+
+
+def test_the_tail_counts_as_one_token() -> None:
+    p, q = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).double(), torch.tensor([[0.4, 0.1, 0.2, 0.3]]).double()
+    scores = compare_top(q.log(), torch.tensor([1]), torch.tensor([[0, 1]]), p.log()[:, :2], torch.ones(1))
+    expected = 0.5 * math.log(0.5 / 0.4) + 0.2 * math.log(0.2 / 0.1) + 0.3 * math.log(0.3 / 0.5)
+    assert scores.kl.item() == pytest.approx(expected) and scores.tail.item() == pytest.approx(0.3)
+
+
+def changed(path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], **metadata: str) -> Path:
+    """A copy with one tensor changed."""
+    with safe_open(path, "pt") as file:
+        tensors, told = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path.with_name("changed"), told | metadata)
+    return path.with_name("changed")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "metadata", "words"),
+    [
+        ("1.ids", lambda ids: ids + 512, {}, "token that"),
+        ("1.window", lambda ids: ids - 512, {}, "token that"),
+        ("0.log_p", lambda log_p: log_p * math.nan, {}, "probabilities that are none"),
+        ("2.nll", lambda nll: nll[1:], {}, "window 2 is not whole"),
+        ("2.nll", lambda nll: nll.int(), {}, "other types"),
+        ("2.nll", lambda nll: nll, {"windows": "4"}, "window 3 is not whole"),
+        ("2.nll", lambda nll: nll, {"windows": "9" * 20}, "damaged"),
+        ("2.nll", lambda nll: nll, {"windows": "none"}, "no file of a reference"),
+        ("2.nll", lambda nll: nll, {"version": "2"}, "no file of a reference"),
+        ("2.nll", lambda nll: nll, {"tokens": "other"}, "another vocabulary"),
+    ],
+)
+def test_a_saved_reference_that_is_damaged(
+    saved: Path, engine: Engine, name: str, change: Any, metadata: dict[str, str], words: str
+) -> None:
+    with pytest.raises(Dsr1Error, match=words) as caught:
+        evaluate_saved(engine, SavedReference.open(changed(saved, name, change, **metadata)))
+    assert "make it again" in str(caught.value) or "give the reference" in str(caught.value)
+
+
+def test_options_that_exclude_each_other() -> None:
+    EvalOptions(tasks=True, against="x").check()
+    for options in (
+        EvalOptions(tasks=True, text="x"),
+        EvalOptions(reference=Path("x"), against="x"),
+        EvalOptions(reference=Path("x"), text="x"),
+        EvalOptions(save_reference=Path("x"), against="x"),
+    ):
+        with pytest.raises(UsageError, match="cannot be given together"):
+            options.check()
 
 
 # Windows
@@ -140,7 +229,7 @@ def test_windows_by_hand() -> None:
     assert [w.tolist() for w in cut([5, 6, 7, 8, 9], 0, 3)] == [[0, 5, 6], [0, 7, 8]]
     assert [w.tolist() for w in cut([5, 6, 7, 8, 9], None, 2)] == [[5, 6], [7, 8]]
     assert [w.tolist() for w in cut([0, 5, 6], 0, 8)] == [[0, 5, 6]]
-    assert [w.tolist() for w in cut_all([[5, 6, 7], [], [8]], 0, 8)] == [[0, 5, 6, 7], [0, 8]]
+    assert [w.tolist() for w in cut_all([[5, 6, 7], [], [8], [9]], 0, 8)] == [[0, 5, 6, 7], [0, 8], [0, 9]]
 
 
 @settings(max_examples=25, deadline=None)
@@ -164,11 +253,37 @@ def test_wilson_s_interval() -> None:
 
 
 def test_a_mean_covers_the_truth_about_19_times_in_20() -> None:
-    draws = torch.randn(2000, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
-    covered = sum(found.low <= 3 <= found.high for found in map(mean, draws))
-    assert 0.93 < covered / 2000 < 0.97
-    wide = perplexity(mean(draws[0]))
+    """Also where the values of a block are alike, which an interval from values alone would take for certainty."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [4, 6, 5, 5] * 5
+    noise, shift = (torch.randn(2000, count, generator=generator, dtype=torch.float64) for count in (100, 20))
+    draws = noise + shift.repeat_interleave(torch.tensor(sizes), dim=1) + 3
+    found = [mean(values, sizes) for values in draws]
+    assert 0.93 < sum(one.low <= 3 <= one.high for one in found) / 2000 < 0.97
+    wide = perplexity(found[0])
     assert wide.low < math.exp(3) < wide.high
+
+
+@pytest.mark.parametrize(("degrees", "point"), [(2, 4.303), (5, 2.571), (10, 2.228), (100, 1.984)])
+def test_student_s_t(degrees: int, point: float) -> None:
+    assert student_t(degrees) == pytest.approx(point, rel=0.04)
+
+
+def test_shares_of_blocks() -> None:
+    hits = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0] * 8, dtype=torch.float64)
+    mixed, alike = share_of_blocks(hits, [8] * 8), share_of_blocks(hits, [4] * 16)
+    assert mixed.value == alike.value == 0.5 and alike.high - alike.low > 1.4 * (mixed.high - mixed.low)
+    assert share_of_blocks(torch.ones(64, dtype=torch.float64), [8] * 8) == share(8, 8)
+
+
+def test_pairs_by_hand() -> None:
+    model = [True] * 90 + [False] * 10
+    reference = [True] * 85 + [False] * 5 + [True] * 1 + [False] * 9
+    found = paired(model, reference)
+    assert (found.only_model, found.only_reference) == (5, 1)
+    assert found.p_value == pytest.approx(2 * (1 + 6) / 2**6)  # at most 1 of 6 by chance, on either side
+    assert found.difference.value == 0.04 and found.difference.low < 0 < 0.04 < found.difference.high < 0.1
+    assert paired(model, model).p_value == 1 and paired(model, model).difference.value == 0
 
 
 def test_quantiles() -> None:
@@ -192,13 +307,15 @@ def test_dialogues_are_true_and_kept_out_of_training() -> None:
 
 def test_dialogues_become_chats(engine: Engine) -> None:
     content = "User: 1 + 1?\nAssistant: <think>\n1+1\n</think>\n\n2\n\nUser: Again?\nAssistant: 2\n"
+    content += "\nUser: Go on.\nAssistant: 3\n"
     assert Text(content, is_chat=True).documents(engine.tokenizer) == [
         "<s>user: 1 + 1?\n<think>\n1+1\n</think>\n\n2</s>",
         "<s>user: Again?\n<think>\n2</s>",
+        "<s>user: Go on.\n<think>\n3</s>",
     ]
     assert Text(content).documents(engine.tokenizer) == [content]
     assert len(find_text(None, "store", "nano-r1-fp8").documents(engine.tokenizer)) > 20
-    assert evaluate(engine, Text(content, is_chat=True)).windows == 2
+    assert evaluate(engine, Text(content, is_chat=True)).windows == 3
 
 
 # The command
@@ -206,7 +323,8 @@ def test_dialogues_become_chats(engine: Engine) -> None:
 
 def test_json_has_all_figures(chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text(PROSE)
-    measure(str(chat_folder), str(chat_folder), str(tmp_path / "text"), WINDOW, context=64, threads=1, as_json=True)
+    options = EvalOptions(str(chat_folder), str(tmp_path / "text"), window=WINDOW, context=64, threads=1, as_json=True)
+    measure(str(chat_folder), options)
     record = json.loads(capsys.readouterr().out)
     assert record["model"] == record["against"] == str(chat_folder) and record["dtype"] == "bfloat16"
     assert (record["windows"], record["tokens"]) == (3, 45)
@@ -216,14 +334,16 @@ def test_json_has_all_figures(chat_folder: Path, tmp_path: Path, capsys: pytest.
 
 def test_the_table(chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text(PROSE)
-    words = (str(chat_folder), str(chat_folder), str(tmp_path / "text"), WINDOW)
-    measure(*words, context=64, threads=1, dtype="float32")
+    options = EvalOptions(
+        str(chat_folder), str(tmp_path / "text"), window=WINDOW, context=64, threads=1, dtype="float32"
+    )
+    measure(str(chat_folder), options)
     out = capsys.readouterr().out
     lines = {line.split("  ")[0]: line.split()[-4:] for line in out.splitlines()}
     value, low, to, high = lines["perplexity"]
     assert float(low) < float(value) < float(high) and to == "to"
     assert lines["perplexity of the reference"] == lines["perplexity"]
-    assert lines["same likeliest token, %"] == ["100", "92.135", "to", "100"]  # 45 / (45 + 1.96²)
+    assert lines["same likeliest token, %"] == ["100", "43.849", "to", "100"]  # 3 / (3 + 1.96²)
     assert lines["KL divergence, nats: mean"] == ["0", "0", "to", "0"]
     assert "45 tokens scored: the second halves of 3 windows of up to 30 tokens" in out
 
@@ -249,7 +369,7 @@ def test_a_folder_is_no_text(tmp_path: Path) -> None:
 
 def test_another_model_needs_a_text(chat_folder: Path) -> None:
     with pytest.raises(Dsr1Error, match="--text"):
-        measure(str(chat_folder))
+        measure(str(chat_folder), EvalOptions())
 
 
 @pytest.mark.parametrize(("window", "words"), [(1, "too small"), (65, "holds 64")])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hybrid_rt.engine import Engine
+from hybrid_rt.evaluate.batch import decode_greedily
 from quant.checkpoint import Checkpoint
 from quant.config import ModelConfig, parse_config
-from tools.nano_r1.decode import decode_greedily
 from tools.nano_r1.evaluate import Score, examine, load_checkpoint
 from tools.nano_r1.export import export
 from tools.nano_r1.model import CONFIG, PackedContext, Rows, Trainee, causal_attention, grouped_mm, pack
@@ -141,7 +141,7 @@ def test_the_exported_model_says_what_the_trained_one_says(trained: tuple[Traine
 def test_decoding_many_at_once_is_decoding_each(trained: tuple[Trainer, Path]) -> None:
     model = load_checkpoint(Checkpoint.open(trained[1]))
     prompts = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
-    for prompt, answer in zip(prompts, decode_greedily(model.model, TINY, prompts, 6), strict=True):
+    for prompt, answer in zip(prompts, decode_greedily(model.model, TINY, prompts, 6, 8), strict=True):
         logits = next_tokens(model, prompt + answer)
         assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 

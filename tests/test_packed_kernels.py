@@ -128,12 +128,20 @@ class Moe:
     """A layer of random packed experts, and calls of the operator for it."""
 
     def __init__(
-        self, fmt: PackedFormat, experts: int, dim: int, inter: int, rng: np.random.Generator, make: Any = random_packed
+        self,
+        fmt: PackedFormat,
+        experts: int,
+        dim: int,
+        inter: int,
+        rng: np.random.Generator,
+        make: Any = random_packed,
+        down: PackedFormat | None = None,
     ) -> None:
-        self.record, shape = ExpertRecord(fmt, dim, inter), (inter, dim)
+        self.record, shape = ExpertRecord(fmt, dim, inter, down), (inter, dim)
         self.records = torch.zeros(experts, self.record.nbytes, dtype=torch.uint8)
         for row in self.records.numpy():
-            joined = np.concatenate([make(fmt, s, rng) for s in (shape, shape, shape[::-1])])
+            w1, w3 = (make(fmt, shape, rng) for _ in range(2))
+            joined = np.concatenate([w1, w3, make(self.record.down_format, shape[::-1], rng)])
             row[: len(joined)] = joined
         self.parts = [self.records]
         self.table = self.table_of(self.records)
@@ -158,7 +166,7 @@ class Moe:
         counts = ops.moe_scratch_sizes(x.shape[0], ids.shape[1], len(self.records), record.dim, record.inter_dim)
         order, scratch = torch.empty(counts[0], dtype=torch.int64), torch.full((counts[1],), torch.nan)
         out, nodes = torch.full_like(x, torch.nan), len(self.parts)
-        return [x, ids, weights, self.table, record.inter_dim, record.format.name, nodes, order, scratch, out]
+        return [x, ids, weights, self.table, record.inter_dim, record.format_name, nodes, order, scratch, out]
 
     def run(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         args = self.arguments(x, ids, weights)
@@ -318,6 +326,7 @@ def test_nan_and_infinity_reach_only_their_token(fmt: PackedFormat, with_tiles: 
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(FORMATS),
+    st.sampled_from(FORMATS),
     st.one_of(st.integers(1, 12), st.integers(13, 300)),
     st.integers(1, 12),
     st.integers(1, 4),
@@ -326,16 +335,24 @@ def test_nan_and_infinity_reach_only_their_token(fmt: PackedFormat, with_tiles: 
     sizes,
     st.integers(0, 2**32 - 1),
 )
-@example(FAST, 1, 8, 4, 256, 64, 1.0, 0)
-@example(ACCURATE, 12, 1, 1, 130, 33, 1.0, 0)
-@example(Q8, 7, 2, 2, 16, 161, 1.0, 0)
-@example(ACCURATE, 70, 3, 2, 130, 140, 1e4, 0)
-@example(FAST, 300, 12, 4, 40, 200, 1e-6, 0)
+@example(FAST, Q8, 1, 8, 4, 256, 64, 1.0, 0)
+@example(ACCURATE, FAST, 12, 1, 1, 130, 33, 1.0, 0)
+@example(Q8, ACCURATE, 7, 2, 2, 16, 161, 1.0, 0)
+@example(ACCURATE, Q8, 70, 3, 2, 130, 140, 1e4, 0)
+@example(FAST, ACCURATE, 300, 12, 4, 40, 200, 1e-6, 0)
 def test_moe_experts(
-    fmt: PackedFormat, tokens: int, experts: int, top_k: int, dim: int, inter: int, size: float, seed: int
+    fmt: PackedFormat,
+    down: PackedFormat,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    dim: int,
+    inter: int,
+    size: float,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
-    layer = Moe(fmt, experts, dim, inter, rng)
+    layer = Moe(fmt, experts, dim, inter, rng, down=down)
     _, ids, weights = routed(tokens, experts, min(top_k, experts), dim, rng)
     x = activations(tokens, dim, size, rng)
     expected = layer.expected(x, ids, weights)
@@ -397,7 +414,7 @@ def test_a_token_may_name_an_expert_several_times(fmt: PackedFormat, with_tiles:
 @pytest.mark.usefixtures("three_threads")
 def test_results_do_not_depend_on_threads_nodes_or_the_run(fmt: PackedFormat, with_tiles: bool) -> None:
     rng = np.random.default_rng(5)
-    weight, layer = make_weight(fmt, 270, 520, rng), Moe(fmt, 5, 520, 300, rng)
+    weight, layer = make_weight(fmt, 270, 520, rng), Moe(fmt, 5, 520, 300, rng, down=Q8)
     x, ids, weights = routed(130, 5, 2, 520, rng)
     parts = [slice(0, count) for count in (1, 30, 130)]  # hidden values are kept otherwise for few pairs
     expected = [layer.expected(x[part], ids[part], weights[part]) for part in parts]

@@ -20,6 +20,7 @@ from offload.machine import load_machine
 from offload.plan import PlanError
 from offload.topology import Node, Topology
 from offload.wishes import Wishes
+from quant.config import parse_config
 from quant.errors import CheckpointError, ConfigError, ContextError, Dsr1Error, StoreError
 from quant.manifest import Manifest
 from quant.recipes import RECIPES, find_recipe
@@ -65,14 +66,16 @@ def make_store(folder: Path, recipe: str) -> Path:
     """As much of a store as planning reads."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tiny_config()))
-    (folder / "dsr1-store.json").write_bytes(Manifest(RECIPES[recipe], 0, {}).to_json())
+    (folder / "dsr1-store.json").write_bytes(
+        Manifest(RECIPES[recipe].of(parse_config(tiny_config(NO_MTP))), 0, {}).to_json()
+    )
     return folder
 
 
 def test_the_table_and_the_sums_of_r1(capsys: pytest.CaptureFixture[str]) -> None:
     plan(R1, gpu_mem="24G", ram="384G")
     out = capsys.readouterr().out
-    assert f"{R1} as a store of recipe accurate" in out
+    assert f"{R1} as a store of recipe balanced" in out
     rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
     assert rows["routed experts"][1:5] == ["experts", "3-60", "accurate", "RAM,"]
     assert rows["kv_b"][1:4] == ["0-60", "q8", "GPU"] and rows["head"][1:3] == ["q8", "GPU"]

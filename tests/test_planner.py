@@ -24,8 +24,9 @@ from quant.config import ModelConfig, parse_config
 from quant.errors import ContextError, DeviceError, UsageError
 from quant.inventory import Inventory, TensorSpec
 from quant.packed import ACCURATE, Q8
-from quant.recipes import RECIPES, representations
+from quant.recipes import RECIPES
 from quant.shapes import KNOWN_MODELS, known_shape, shape_of
+from quant.store_formats import representations
 from tests.tiny_checkpoint import RAGGED, tiny_config
 
 GIB = 2**30
@@ -40,8 +41,9 @@ def config_of(hub_id: str) -> ModelConfig:
     return shape.config
 
 
-def store_of(recipe: str) -> Available:
-    return lambda spec: representations(spec, RECIPES[recipe])
+def store_of(recipe: str, config: ModelConfig) -> Available:
+    formats = RECIPES[recipe].of(config)
+    return lambda spec: representations(spec, formats)
 
 
 def published(spec: TensorSpec) -> tuple[str, ...]:
@@ -52,11 +54,11 @@ def plan_with(config: ModelConfig, budget: Budget, available: Available, *pins: 
     return make_plan(Planning(Inventory.of(config), available, budget, MACHINE, parse_pins(pins)))
 
 
-def plan_for(config: ModelConfig, budget: Budget, recipe: str = "accurate", *pins: str) -> Plan:
-    return plan_with(config, budget, store_of(recipe), *pins)
+def plan_for(config: ModelConfig, budget: Budget, recipe: str = "balanced", *pins: str) -> Plan:
+    return plan_with(config, budget, store_of(recipe, config), *pins)
 
 
-def plan_r1(gpu: float, ram: float, context: int, *pins: str, recipe: str = "accurate") -> Plan:
+def plan_r1(gpu: float, ram: float, context: int, *pins: str, recipe: str = "balanced") -> Plan:
     return plan_for(config_of(R1), Budget("cuda", int(gpu * GIB), int(ram * GIB), context), recipe, *pins)
 
 
@@ -249,7 +251,7 @@ def test_a_published_checkpoint_that_is_too_large_points_to_quantize() -> None:
 
 
 def test_tiers_and_residency_with_a_gpu() -> None:
-    plan = plan_for(TINY_CONFIG, Budget("emulate", 2 * GIB, GIB, 256), "accurate", "experts=mapped")
+    plan = plan_for(TINY_CONFIG, Budget("emulate", 2 * GIB, GIB, 256), "balanced", "experts=mapped")
     for placement in plan.placements:
         assert placement.layer is not None or placement.component in ("embed", "norm", "head")
         in_ram = placement.component in ("embed", "routed_expert", "mtp") or placement.layer == 3
@@ -282,7 +284,7 @@ def choose(asked: str | None, nodes: list[int], as_published: bool = False) -> t
     notes: list[str] = []
 
     def available(spec: TensorSpec) -> tuple[str, ...]:
-        return spec.representations[:1] if as_published else representations(spec, RECIPES["accurate"])
+        return spec.representations[:1] if as_published else representations(spec, RECIPES["balanced"].of(TINY_CONFIG))
 
     return choose_residency(asked, Inventory.of(TINY_CONFIG), available, nodes, notes), notes
 
@@ -315,7 +317,7 @@ def test_experts_of_a_checkpoint_are_mapped() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "emulate"])
 def test_a_plan_has_the_experts_where_they_shall_be(device: str) -> None:
-    alone = plan_for(TINY_CONFIG, Budget(device, 2 * GIB, GIB, 256), "accurate", "experts=mapped")  # type: ignore[arg-type]
+    alone = plan_for(TINY_CONFIG, Budget(device, 2 * GIB, GIB, 256), "balanced", "experts=mapped")  # type: ignore[arg-type]
     budget = Budget(device, alone.gpu_bytes, GIB, 256)  # type: ignore[arg-type]  # which has no room for experts
     mapped, copied = plan_for(TINY_CONFIG, budget), plan_for(TINY_CONFIG, replace(budget, residency="copied", nodes=2))
     assert (mapped.nodes, copied.nodes, copied.ram_bytes) == (1, 2, mapped.ram_bytes)
@@ -403,7 +405,7 @@ def test_more_memory_never_makes_a_worse_plan(gpu: int, more_gpu: int, ram: int,
     found = []
     for gpu_mem, host in ((gpu, ram), (gpu + more_gpu, ram + more_ram)):
         budget = Budget("cuda", gpu_mem * 2**10, host * 2**10, context)
-        planning = Planning(Inventory.of(config), store_of("accurate"), budget, MACHINE)
+        planning = Planning(Inventory.of(config), store_of("balanced", config), budget, MACHINE)
         try:
             plan = make_plan(planning)
         except PlanError:
@@ -420,7 +422,7 @@ def test_more_memory_never_makes_a_worse_plan_of_r1(ram: int) -> None:
     config, ranks = config_of(R1), []
     for gpu in (11, 12, 14, 16, 20, 24, 32, 48, 80):
         planning = Planning(
-            Inventory.of(config), store_of("accurate"), Budget("cuda", gpu * GIB, ram * GIB, 32768), MACHINE
+            Inventory.of(config), store_of("balanced", config), Budget("cuda", gpu * GIB, ram * GIB, 32768), MACHINE
         )
         with suppress(PlanError):
             ranks.append(rank(planning, make_plan(planning)))
@@ -428,11 +430,12 @@ def test_more_memory_never_makes_a_worse_plan_of_r1(ram: int) -> None:
 
 
 def test_r1_is_planned_within_a_second() -> None:
-    inventory = Inventory.of(config_of(R1))
+    config = config_of(R1)
+    inventory, available = Inventory.of(config), store_of("balanced", config)
     for ram in (384, 256):  # one that fits, and one that does not
         begin = time.process_time()
         with suppress(PlanError):
-            make_plan(Planning(inventory, store_of("accurate"), Budget("cuda", 24 * GIB, ram * GIB, 32768), MACHINE))
+            make_plan(Planning(inventory, available, Budget("cuda", 24 * GIB, ram * GIB, 32768), MACHINE))
         assert time.process_time() - begin < 1
 
 
@@ -446,7 +449,7 @@ def test_the_most_used_experts_go_to_the_gpu_first() -> None:
     record = everything.expert_placements(1)[0].nbytes // 16
     budget = Budget("cuda", everything.gpu_bytes - 28 * record, GIB, 256)
     usage = Usage(counts)
-    plan = make_plan(Planning(Inventory.of(config), store_of("accurate"), budget, MACHINE, usage=usage))
+    plan = make_plan(Planning(Inventory.of(config), store_of("balanced", config), budget, MACHINE, usage=usage))
     on_gpu = {(p.layer, p.experts) for p in plan.placements if p.tier == "gpu" and p.experts}
     assert on_gpu == {(1, (3, 5)), (1, (9, 10)), (2, (0, 1))}
     ranges = [p.experts for p in plan.expert_placements(1)]
@@ -511,7 +514,7 @@ def test_pins_that_cannot_be(pin: str, error: type[Exception], words: str) -> No
 
 def test_experts_on_a_gpu_need_one() -> None:
     with pytest.raises(PlanError, match="this plan has none"):
-        plan_for(TINY_CONFIG, Budget("cpu", 0, GIB, 256), "accurate", "experts=gpu")
+        plan_for(TINY_CONFIG, Budget("cpu", 0, GIB, 256), "balanced", "experts=gpu")
 
 
 def test_a_plan_as_json_has_its_sums_and_stays_the_same() -> None:
@@ -524,7 +527,7 @@ def test_a_plan_as_json_has_its_sums_and_stays_the_same() -> None:
 
 
 def test_records_of_experts_are_whole_pages() -> None:
-    for fmt, recipe in ((ACCURATE, "accurate"), (Q8, "q8")):
+    for fmt, recipe in ((ACCURATE, "balanced"), (Q8, "q8")):
         plan = plan_for(TINY_CONFIG, Budget("cpu", 0, GIB, 256), recipe)
         record = -(-3 * fmt.block_bytes * 8 * 2 // 4096) * 4096  # 8 tiles of 2 blocks each, three matrices
         assert plan.placement(1, "routed_expert").nbytes == 16 * record

@@ -14,22 +14,23 @@ from offload.pins import parse_pins
 from offload.plan import Plan
 from offload.planner import Planning, make_plan
 from quant.inventory import Inventory
-from quant.recipes import RECIPES, representations
+from quant.recipes import RECIPES
 from quant.shapes import known_shape
+from quant.store_formats import representations
 
 GIB = 2**30
 R1, V3, MOONLIGHT = "deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-V3", "moonshotai/Moonlight-16B-A3B"
 MACHINE = load_machine("rtx-4090-ddr5")
-RECIPE = RECIPES["accurate"]
 FEW = 5  # layers: R1's three dense ones, one with experts on both sides, one with experts in RAM
 
 
-def prover(hub_id: str, gpu: int, ram: int, context: int, *pins: str) -> Prover:
+def prover(hub_id: str, gpu: int, ram: int, context: int, *pins: str, recipe: str = "balanced") -> Prover:
     shape = known_shape(hub_id)
     assert shape is not None
     inventory, budget = Inventory.of(shape.config), Budget("cuda", gpu * GIB, ram * GIB, context)
-    planning = Planning(inventory, lambda spec: representations(spec, RECIPE), budget, MACHINE, parse_pins(pins))
-    return Prover(make_plan(planning), inventory, RECIPE)
+    formats = RECIPES[recipe].of(shape.config)
+    planning = Planning(inventory, lambda spec: representations(spec, formats), budget, MACHINE, parse_pins(pins))
+    return Prover(make_plan(planning), inventory, formats)
 
 
 def check(plan: Plan, proofs: list[Proof]) -> None:

@@ -23,10 +23,11 @@ from quant.journal import JOURNAL_NAME
 from quant.manifest import MANIFEST_NAME, FileRecord, read_manifest
 from quant.packed import ACCURATE, FAST, PACKED_FORMATS, Q8
 from quant.packing import decode
-from quant.recipes import RECIPES, find_recipe, representations, stored_bytes
+from quant.recipes import RECIPES, find_recipe
 from quant.safetensors_file import SafetensorsFile
 from quant.safetensors_writer import FilePlan, NewTensor, write_safetensors
 from quant.store import Store, is_store
+from quant.store_formats import LINEARS, representations, stored_bytes
 from quant.store_layout import METADATA, layer_file, plan_store
 from tests.tiny_checkpoint import BF16, R1, TINY, Tensors, tiny_config, tiny_tensors, write_checkpoint, write_files
 
@@ -75,9 +76,11 @@ def test_bytes_by_hand() -> None:
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=str)
 def test_representations_follow_from_the_component(recipe: Any) -> None:
     inventory = Inventory.of(parse_config(TINY))
-    of = {name: representations(spec, recipe) for name, spec in inventory.by_name.items()}
-    linears = ("q8",) if recipe.name == "q8" else ("q8", recipe.name)
-    assert of["layers.1.ffn.experts.3.w2"] == of["layers.3.ffn.experts.3.w2"] == (recipe.name,)
+    of = {name: representations(spec, recipe.of(inventory.config)) for name, spec in inventory.by_name.items()}
+    base = {"balanced": "accurate"}.get(recipe.name, recipe.name)
+    linears = ("q8",) if base == "q8" else ("q8", base)
+    assert of["layers.1.ffn.experts.3.w1"] == of["layers.3.ffn.experts.3.w2"] == (base,)
+    assert of["layers.1.ffn.experts.3.w2"] == (("q8",) if recipe.name == "accurate" else (base,))
     for name in ("embed", "layers.3.embed"):
         assert of[name] == ("bf16",)
     for name in ("norm", "layers.1.ffn.gate.weight", "layers.1.ffn.gate.bias", "layers.0.attn.kv_norm"):
@@ -91,9 +94,9 @@ def test_representations_follow_from_the_component(recipe: Any) -> None:
 
 def test_the_store_of_r1_has_its_known_size() -> None:
     inventory = Inventory.of(parse_config(tiny_config(R1 | {"num_nextn_predict_layers": 0})))
-    plans = plan_store(inventory, find_recipe("accurate"))
+    plans = plan_store(inventory, find_recipe("balanced").of(inventory.config))
     assert len(plans) == 62
-    records = [entry for plan in plans.values() for entry in plan.tensors if entry.record_bytes]
+    records = [entry for plan in plans.values() for entry in plan.tensors if entry.record]
     assert sum(entry.nbytes for entry in records) / 2**30 == pytest.approx(342.6, abs=0.05)
     linears = 11.4e9 + 3.7e9 + 0.93e9  # parameters, FACTS: attention, shared and dense, head
     rest = sum(plan.nbytes for plan in plans.values()) - sum(entry.nbytes for entry in records)
@@ -101,7 +104,7 @@ def test_the_store_of_r1_has_its_known_size() -> None:
 
 
 def test_an_unknown_recipe_is_refused() -> None:
-    with pytest.raises(StoreError, match="no recipe 'best'; give one of accurate, fast, q8"):
+    with pytest.raises(StoreError, match="no recipe 'best'; give one of fast, balanced, accurate, q8, or a file"):
         find_recipe("best")
 
 
@@ -154,7 +157,7 @@ def test_every_weight_is_the_encoded_one(
     assert store.inventory.tensors == source.inventory.tensors
     for spec in store.inventory.tensors:
         expected = source.weight(spec.name).dequantize(torch.float32)
-        for name in representations(spec, RECIPES[recipe]):
+        for name in representations(spec, RECIPES[recipe].of(source.config)):
             weight = store.weight(spec.name, name)
             assert weight.shape == spec.shape and weight.format.name == name
             if name in PACKED_FORMATS:
@@ -166,7 +169,7 @@ def test_every_weight_is_the_encoded_one(
 def test_what_a_store_says_of_itself(made: Path) -> None:
     store = Store.open(made / "store")
     assert is_store(store.folder) and not is_store(made / "source")
-    assert (store.recipe, store.expert_format, list(store.mtp_layers)) == ("accurate", ACCURATE, [2])
+    assert (store.recipe, store.record(1).format, list(store.mtp_layers)) == ("balanced", ACCURATE, [2])
     assert store.config == Checkpoint.open(made / "source").config
     assert store.representations("head") == ("q8", "accurate") and store.weight("head").format is Q8
     assert store.representations("layers.1.ffn.experts.0.w1") == ("accurate",)
@@ -182,8 +185,8 @@ def test_what_a_store_says_of_itself(made: Path) -> None:
 def test_records_hold_gate_up_and_down(made: Path) -> None:
     store = Store.open(made / "store")
     records = store.expert_records(1)
-    assert records.dtype == torch.uint8 and records.shape == (4, store.record.nbytes)
-    assert records.data_ptr() % 4096 == 0 and store.record.nbytes % 4096 == 0
+    assert records.dtype == torch.uint8 and records.shape == (4, store.record(1).nbytes)
+    assert records.data_ptr() % 4096 == 0 and store.record(1).nbytes % 4096 == 0
     source = Checkpoint.open(made / "source")
     begin = 0
     for matrix in ("w1", "w3", "w2"):
@@ -262,28 +265,43 @@ FORMATS = {fmt.name: fmt.descriptor() for fmt in (Q8, ACCURATE)}
 HASH = "0" * 64
 
 
+def runs(*used: tuple[int, int, Any]) -> list[dict[str, Any]]:
+    """What a manifest says of experts."""
+    return [{"layers": [first, last], "gate_up": name, "down": name} for first, last, name in used]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"format": "gguf"}, ["'gguf'"]),
-        ({"version": 1}, ["version 1", "reads version 2"]),
-        ({"version": 3, "new": 1, "files": ...}, ["version 3"]),
+        ({"version": 1}, ["version 1", "reads version 3"]),
+        ({"version": 4, "new": 1, "files": ...}, ["version 4"]),
         ({"comment": "mine"}, ["unknown field 'comment'"]),
         ({"files": ...}, ["'files' is missing"]),
         ({"formats": FORMATS | {"q3": {}}}, ["'q3'", "update dsr1"]),
         ({"formats": FORMATS | {"q8": Q8.descriptor() | {"group": 64}}}, ["'q8'", "'group'"]),
         ({"formats": FORMATS | {"q8": Q8.descriptor() | {"shift": 1}}}, ["'q8'", "'shift'"]),
         ({"formats": FORMATS | {"q8": 8}}, ["'q8'"]),
-        ({"formats": FORMATS | {"fast": FAST.descriptor()}}, ["name other formats"]),
-        ({"experts": "fast"}, ["name other formats"]),
-        ({"experts": []}, ["not names of formats"]),
-        ({"linears": ["q8", "q8"]}, ["name other formats"]),
-        ({"linears": []}, ["not names of formats"]),
-        ({"linears": ["accurate", "q8"], "experts": "q8", "formats": FORMATS}, ["layers.1.ffn.experts", "ask for"]),
+        ({"formats": FORMATS | {"fast": FAST.descriptor()}}, ["formats that neither"]),
+        ({"experts": "fast"}, ["experts is not a list"]),
+        ({"experts": [{"layers": [1, 2], "gate_up": "q8"}]}, ["experts is not a list"]),
+        ({"experts": runs((1, 2, "fast"))}, ["'fast'", "not formats that it describes"]),
+        ({"experts": runs((1, 2, 8))}, ["not formats that it describes"]),
+        ({"experts": []}, ["lacks the formats", "layer 1"]),
+        ({"experts": runs((1, 1, "accurate"))}, ["lacks the formats", "layer 2"]),
+        ({"experts": runs((0, 2, "accurate"))}, ["against config.json", "layer 0"]),
+        ({"experts": runs((1, 2, "accurate"), (2, 2, "q8"))}, ["layer 2 twice"]),
+        ({"experts": runs((2, 1, "accurate"))}, ["[2, 1]", "a first and a last layer"]),
+        ({"experts": runs((1, 10**9, "accurate"))}, ["a first and a last layer"]),
+        ({"experts": runs((1, 2, "q8"))}, ["layers.1.ffn.experts", "ask for"]),
+        ({"linears": ["q8"]}, ["linears does not name"]),
+        ({"linears": {"head": ["q8"]}}, ["linears does not name"]),
+        ({"linears": dict.fromkeys(LINEARS, [])}, ["[]", "not formats that it describes"]),
+        ({"linears": dict.fromkeys(LINEARS, ["accurate"])}, ["formats that neither"]),
         ({"embedding": "fp8"}, ["'fp8'"]),
         ({"embedding": "f32"}, [".embed'", "BF16", "F32"]),
         ({"mtp_layers": True}, ["mtp_layers is True"]),
-        ({"mtp_layers": 0}, ["layer-002.safetensors"]),
+        ({"mtp_layers": 0}, ["against config.json", "layer 2"]),
         ({"mtp_layers": 2}, ["2 MTP layers", "tells of 1"]),
         ({"files": []}, ["files is not an object"]),
         ({"files": {"../x": {"bytes": 1, "sha256": HASH}}}, ["'../x'"]),
@@ -313,7 +331,7 @@ def test_a_damaged_manifest_is_told_in_a_sentence(made: Path, data: st.DataObjec
 def rewrite(store: Path, file: str, change: Callable[[list[NewTensor]], list[NewTensor]]) -> None:
     """Write a file of zeros with other tensors, which the manifest lists as it is."""
     manifest = read_manifest(store)
-    store_plan = plan_store(Store.open(store).inventory, manifest.recipe)[file]
+    store_plan = plan_store(Store.open(store).inventory, manifest.formats)[file]
     plan = FilePlan.of(change(list(store_plan.tensors)), METADATA)
     sha256 = write_safetensors(store / file, plan, lambda tensor: [memoryview(bytes(tensor.nbytes))])
     list_as_it_is(store, file, FileRecord(plan.nbytes, sha256))

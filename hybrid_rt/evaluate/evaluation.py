@@ -1,13 +1,15 @@
 """From a text and one or two engines to the figures of `dsr1 eval`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from hybrid_rt.engine import Engine
-from hybrid_rt.evaluate.scores import TokenScores, join, score_window
-from hybrid_rt.evaluate.statistics import Estimate, mean, perplexity, share
+from hybrid_rt.evaluate.saved_reference import SavedReference, save_reference
+from hybrid_rt.evaluate.scores import EngineReference, Reference, TokenScores, join, score_window
+from hybrid_rt.evaluate.statistics import Estimate, mean, perplexity, share_of_blocks
 from hybrid_rt.evaluate.text import Text
 from hybrid_rt.evaluate.windows import choose_window, cut_all
 from hybrid_rt.tokenizer import Tokenizer
@@ -21,7 +23,8 @@ class Comparison:
     """A model against a reference; likelihoods and divergences in nats a token.
 
     nll_difference: model less reference, token by token. kl: KL(reference || model); its quantiles and its maximum
-    over tokens stand beside its mean. agreement: share of tokens where both find the same token likeliest.
+    over tokens stand beside its mean. agreement: share of tokens where both find the same token likeliest. tail_mass:
+    mean of what the reference gave to tokens that it does not tell apart, 0 unless it was read from a file.
     """
 
     reference_perplexity: Estimate
@@ -32,6 +35,7 @@ class Comparison:
     kl_99: float
     kl_max: float
     agreement: Estimate
+    tail_mass: float
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,50 @@ def evaluate(
     Raises ContextError for an impossible window, TokenizerError if the two models' tokens differ, Dsr1Error if the
     text is too short.
     """
+    windows = windows_of(engine, text, window, reference)
+    judge = None if reference is None else EngineReference(reference)
+    return summarize(score_all(engine, windows, judge, report), windows)
+
+
+def evaluate_saved(engine: Engine, saved: SavedReference, report: Report = ignore) -> Evaluation:
+    """The same against a reference in a file, on the windows of that file.
+
+    Raises TokenizerError if its tokens are not the model's, ContextError if its windows are longer than the context.
+    """
+    saved.check(engine)
+    windows = saved.windows()
+    choose_window(max(map(len, windows)), engine.context)
+    return summarize(score_all(engine, windows, saved, report), windows)
+
+
+def evaluate_and_save(
+    engine: Engine, text: Text, path: Path, window: int | None = None, report: Report = ignore
+) -> Evaluation:
+    """The figures of `engine` alone; what it predicts is written to `path`, for `evaluate_saved`."""
+    windows = windows_of(engine, text, window, None)
+    return summarize(save_reference(engine, windows, path, report), windows)
+
+
+def windows_of(engine: Engine, text: Text, window: int | None, reference: Engine | None) -> list[torch.Tensor]:
+    """Token ids of the windows, the same for both models: int64 [W] each. Raises as `evaluate`."""
     context = engine.context if reference is None else min(engine.context, reference.context)
     size = choose_window(window, context)
     documents = tokenize(text, engine.tokenizer)
     if reference is not None:
         check_tokens(engine, reference, documents == tokenize(text, reference.tokenizer))
-    windows = cut_all(documents, engine.tokenizer.bos_id, size)
+    return cut_all(documents, engine.tokenizer.bos_id, size)
+
+
+def score_all(
+    engine: Engine, windows: Sequence[torch.Tensor], reference: Reference | None, report: Report
+) -> list[TokenScores]:
+    """The scores of each window."""
     parts = []
     for number, ids in enumerate(windows):
         report(number, len(windows))
-        parts.append(score_window(engine, ids, reference))
+        parts.append(score_window(engine, number, ids, reference))
     report(len(windows), len(windows))
-    return summarize(join(parts), size, len(windows))
+    return parts
 
 
 def tokenize(text: Text, tokenizer: Tokenizer) -> list[list[int]]:
@@ -102,25 +138,28 @@ def check_tokens(engine: Engine, reference: Engine, same_ids: bool) -> None:
     )
 
 
-def summarize(scores: TokenScores, window: int, windows: int) -> Evaluation:
-    """The figures over all scored tokens of so many windows."""
-    nll = mean(scores.nll)
-    comparison = summarize_comparison(scores) if len(scores.kl) else None
-    return Evaluation(window, windows, len(scores.nll), nll, perplexity(nll), comparison)
+def summarize(parts: list[TokenScores], windows: Sequence[torch.Tensor]) -> Evaluation:
+    """The figures over the scored tokens of all windows."""
+    scores, sizes = join(parts), [len(part.nll) for part in parts]
+    nll = mean(scores.nll, sizes)
+    comparison = summarize_comparison(scores, sizes) if len(scores.kl) else None
+    longest = max(map(len, windows))
+    return Evaluation(longest, len(windows), len(scores.nll), nll, perplexity(nll), comparison)
 
 
-def summarize_comparison(scores: TokenScores) -> Comparison:
+def summarize_comparison(scores: TokenScores, sizes: Sequence[int]) -> Comparison:
     """As `summarize`, of what a reference is needed for."""
     kl = scores.kl.sort().values
     return Comparison(
-        reference_perplexity=perplexity(mean(scores.reference_nll)),
-        nll_difference=mean(scores.nll - scores.reference_nll),
-        kl=mean(kl),
+        reference_perplexity=perplexity(mean(scores.reference_nll, sizes)),
+        nll_difference=mean(scores.nll - scores.reference_nll, sizes),
+        kl=mean(scores.kl, sizes),
         kl_median=quantile(kl, 0.5),
         kl_90=quantile(kl, 0.9),
         kl_99=quantile(kl, 0.99),
         kl_max=kl[-1].item(),
-        agreement=share(int(scores.agrees.sum()), len(scores.agrees)),
+        agreement=share_of_blocks(scores.agrees, sizes),
+        tail_mass=scores.tail.mean().item(),
     )
 
 

@@ -3,7 +3,8 @@
 Memory holds the logits of 32 tokens at a time, never those of a window, as R1's vocabulary has 129,280 entries.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -19,12 +20,35 @@ class TokenScores(NamedTuple):
 
     nll: -log of the probability that the model gave the token. reference_nll: the same of the reference.
     kl: KL(reference || model) of the predictions there. agrees: 1 where both find the same token likeliest, else 0.
+    tail: what the reference gave to tokens that it does not tell apart; 0 where it tells all.
     """
 
     nll: torch.Tensor
     reference_nll: torch.Tensor
     kl: torch.Tensor
     agrees: torch.Tensor
+    tail: torch.Tensor
+
+
+Compare = Callable[[torch.Tensor, torch.Tensor, slice], TokenScores]  # log_q [n, vocab], targets [n], which rows
+
+
+class Reference(Protocol):
+    """What a model is compared with."""
+
+    def comparing(self, number: int, window: torch.Tensor) -> Compare:
+        """How the predictions of the scored tokens of window `number` are compared, some rows of them at a time."""
+
+
+class EngineReference:
+    """A second model, which reads the same windows."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def comparing(self, number: int, window: torch.Tensor) -> Compare:
+        states = predicting_states(self.engine, window)
+        return lambda log_q, targets, rows: compare(log_q, log_probs(self.engine, states[rows]), targets)
 
 
 def join(parts: list[TokenScores]) -> TokenScores:
@@ -32,20 +56,23 @@ def join(parts: list[TokenScores]) -> TokenScores:
     return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def score_window(engine: Engine, window: torch.Tensor, reference: Engine | None) -> TokenScores:
-    """The scores of the second half of `window` (int64 [W])."""
-    targets = window[first_scored(window) :]
-    states = predicting_states(engine, window)
-    reference_states = None if reference is None else predicting_states(reference, window)
-    parts = []
+def score_window(engine: Engine, number: int, window: torch.Tensor, reference: Reference | None) -> TokenScores:
+    """The scores of the second half of `window` (int64 [W]), which is the one of that number."""
+    comparing = None if reference is None else reference.comparing(number, window)
+    return join(
+        [
+            score(log_q, targets) if comparing is None else comparing(log_q, targets, rows)
+            for log_q, targets, rows in predictions(engine, window)
+        ]
+    )
+
+
+def predictions(engine: Engine, window: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
+    """Log probabilities [n, vocab] and targets [n] of the scored tokens, a few at a time, and which these are."""
+    targets, states = window[first_scored(window) :], predicting_states(engine, window)
     for start in range(0, len(targets), ROWS):
         rows = slice(start, start + ROWS)
-        log_q = log_probs(engine, states[rows])
-        if reference is None or reference_states is None:
-            parts.append(score(log_q, targets[rows]))
-        else:
-            parts.append(compare(log_q, log_probs(reference, reference_states[rows]), targets[rows]))
-    return join(parts)
+        yield log_probs(engine, states[rows]), targets[rows], rows
 
 
 def predicting_states(engine: Engine, window: torch.Tensor) -> torch.Tensor:
@@ -70,15 +97,16 @@ def log_probs(engine: Engine, states: torch.Tensor) -> torch.Tensor:
 def score(log_q: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     """The scores of `targets` (int64 [n]) under the model's log probabilities [n, vocab], with no reference."""
     none = log_q.new_empty(0)
-    return TokenScores(_nll(log_q, targets), none, none, none)
+    return TokenScores(nll(log_q, targets), none, none, none, none)
 
 
 def compare(log_q: torch.Tensor, log_p: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     """As `score`, against the reference's log probabilities `log_p` [n, vocab]."""
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding may leave -1e-17
     agrees = (log_p.argmax(-1) == log_q.argmax(-1)).double()
-    return TokenScores(_nll(log_q, targets), _nll(log_p, targets), kl, agrees)
+    return TokenScores(nll(log_q, targets), nll(log_p, targets), kl, agrees, torch.zeros_like(kl))
 
 
-def _nll(log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def nll(log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log of the probabilities of `targets` [n] under `log_p` [n, vocab]."""
     return -log_p.gather(-1, targets[:, None])[:, 0]

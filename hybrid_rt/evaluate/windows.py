@@ -9,6 +9,7 @@ one position later.
 
 import torch
 
+from hybrid_rt.evaluate.statistics import LEAST_BLOCKS
 from quant.errors import ContextError, Dsr1Error
 
 DEFAULT_WINDOW = 512
@@ -30,11 +31,14 @@ def choose_window(asked: int | None, context: int) -> int:
 def cut_all(documents: list[list[int]], bos: int | None, size: int) -> list[torch.Tensor]:
     """The windows of all documents, token ids: int64 [W] each, W at most `size`.
 
-    Raises Dsr1Error if fewer than two tokens are scored: an interval needs as many.
+    Raises Dsr1Error if there are fewer than three: an interval comes from how windows differ.
     """
     windows = [window for ids in documents for window in cut(ids, bos, size)]
-    if sum(len(window) - first_scored(window) for window in windows) < 2:
-        raise Dsr1Error(f"the text has {sum(map(len, documents))} token(s), too few to be scored; give a longer one")
+    if len(windows) < LEAST_BLOCKS:
+        raise Dsr1Error(
+            f"the text has {sum(map(len, documents))} token(s), which fill {len(windows)} window(s) of {size}, and "
+            f"intervals need {LEAST_BLOCKS}; give a longer text or a smaller --window"
+        )
     return windows
 
 

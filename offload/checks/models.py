@@ -9,8 +9,9 @@ from offload.planner import Planning, choose_context, make_plan
 from offload.sizes import format_size
 from offload.this_machine import machine_for
 from quant.inventory import Inventory
-from quant.recipes import DEFAULT_RECIPE, find_recipe, representations
+from quant.recipes import DEFAULT_RECIPE, find_recipe
 from quant.shapes import known_shape
+from quant.store_formats import representations
 
 MODELS = ("deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-V2-Lite", "moonshotai/Moonlight-16B-A3B")
 NO_LIMIT = 2**62
@@ -44,13 +45,13 @@ def _fit(hub_id: str, usable: int) -> Fit | None:
     shape = known_shape(hub_id)
     if shape is None or not shape.runs:
         return None
-    inventory, recipe = Inventory.of(shape.config), find_recipe(DEFAULT_RECIPE)
+    inventory, formats = Inventory.of(shape.config), find_recipe(DEFAULT_RECIPE).of(shape.config)
     name = hub_id.partition("/")[2]
     try:
-        plan = _plan(inventory, lambda spec: representations(spec, recipe), usable)
+        plan = _plan(inventory, lambda spec: representations(spec, formats), usable)
         return Fit(name, plan.ram_bytes, True)
     except PlanError:
-        smallest = _plan(inventory, lambda spec: representations(spec, recipe)[-1:], NO_LIMIT)
+        smallest = _plan(inventory, lambda spec: representations(spec, formats)[-1:], NO_LIMIT)
         return Fit(name, smallest.ram_bytes, False)
 
 

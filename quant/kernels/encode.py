@@ -1,7 +1,8 @@
 """Weights into packed blocks: what quant/encode_reference.py does, with the same bytes, 16 rows at a time.
 
-A tile's rows are the lanes of `Lanes`. One block of 16 rows by 128 columns is worked on at a time, transposed, so that
-a column is one load; it is searched and written out before the next one is read.
+A tile's rows are the lanes of `Lanes`; how much a column counts is one number for a whole vector. One block of 16 rows
+by 128 columns is worked on at a time, transposed, so that a column is one load; it is searched and written out before
+the next one is read.
 """
 
 from functools import cache
@@ -13,6 +14,7 @@ from quant.encode_reference import (
     ANCHORS,
     LARGEST_POWER,
     NEGLIGIBLE,
+    NOTHING,
     SMALLEST_POWER,
     TOP_INTEGERS,
     largest_scale,
@@ -33,7 +35,7 @@ from quant.kernels.lanes import (
     transpose,
     where_less,
 )
-from quant.kernels.tiles import floats, share
+from quant.kernels.tiles import doubles, floats, share
 from quant.packed import (
     ACCURATE,
     BLOCK_K,
@@ -53,7 +55,9 @@ MOST_ANCHORS, TOPS = max(map(len, ANCHORS.values())), max(map(len, TOP_INTEGERS.
 INTEGERS = BLOCK_K * VECTOR
 FITS = INTEGERS + MOST_GROUPS * VECTOR
 FIT_BYTES = 3 * VECTOR
-SCRATCH_BYTES = FITS + MOST_GROUPS * MOST_ANCHORS * FIT_BYTES
+SUMS = FITS + MOST_GROUPS * MOST_ANCHORS * FIT_BYTES
+SUM_COUNT = 4  # of squares: the weights, the errors, and both times what their columns count
+SCRATCH_BYTES = SUMS + SUM_COUNT * VECTOR
 
 # What the search needs to know of a format: a table of float32, these first. Evenly spaced levels are a range, others
 # are listed, with the midpoints between them.
@@ -134,14 +138,15 @@ def _listed_code(scaled, table):  # type: ignore[no-untyped-def]
 
 def _make_fit(nearest_level):  # type: ignore[no-untyped-def]
     @inner
-    def fit(x, group, inverse, table):  # type: ignore[no-untyped-def]
-        """Σ level × x and Σ level² of one group, whose first column is at address x."""
-        products, squares = fill(ZERO), fill(ZERO)
+    def fit(x, columns, group, inverse, table):  # type: ignore[no-untyped-def]
+        """Σ c level × x and Σ c level² of one group, whose first column is at address x; c: from address `columns`."""
+        products, squares, counts = fill(ZERO), fill(ZERO), floats(columns, (group,))
         for k in range(group):
             value = load(x + k * VECTOR)
             level = nearest_level(value * inverse, table)
-            products = products + level * value
-            squares = squares + level * level
+            counted = level * fill(counts[k])
+            products = products + counted * value
+            squares = squares + counted * level
         return products, squares
 
     return fit
@@ -163,19 +168,45 @@ def _make_put_codes(nearest_code, bits):  # type: ignore[no-untyped-def]
     return put_codes
 
 
+def _make_measure(nearest_level):  # type: ignore[no-untyped-def]
+    @inner
+    def measure(x, columns, group, scale, table, sums):  # type: ignore[no-untyped-def]
+        """Add to the four vectors at address `sums`, of `group` columns, Σ x², Σ off², Σ c x² and Σ c off²."""
+        inverse, counts = _over(fill(ONE), scale), floats(columns, (group,))
+        own, off_own, counted, off_counted = (
+            load(sums),
+            load(sums + VECTOR),
+            load(sums + 2 * VECTOR),
+            load(sums + 3 * VECTOR),
+        )
+        for k in range(group):
+            value = load(x + k * VECTOR)
+            off = value - nearest_level(value * inverse, table) * scale
+            square, off_square, count = value * value, off * off, fill(counts[k])
+            own, off_own = own + square, off_own + off_square
+            counted, off_counted = counted + count * square, off_counted + count * off_square
+        store(sums, own)
+        store(sums + VECTOR, off_own)
+        store(sums + 2 * VECTOR, counted)
+        store(sums + 3 * VECTOR, off_counted)
+
+    return measure
+
+
 _fit_even, _fit_listed = _make_fit(_even_level), _make_fit(_listed_level)
+_measure_even, _measure_listed = _make_measure(_even_level), _make_measure(_listed_level)
 _put_even_codes, _put_listed_codes = _make_put_codes(_even_code, 4), _make_put_codes(_listed_code, 4)
 _put_bytes = _make_put_codes(_even_code, 8)
 
 
 @inner
-def _error(x, group, scale, table):  # type: ignore[no-untyped-def]
-    """Σ (x - level × scale)², with the nearest of evenly spaced levels."""
-    inverse, total = _over(fill(ONE), scale), fill(ZERO)
+def _error(x, columns, group, scale, table):  # type: ignore[no-untyped-def]
+    """Σ c (x - level × scale)², with the nearest of evenly spaced levels."""
+    inverse, total, counts = _over(fill(ONE), scale), fill(ZERO), floats(columns, (group,))
     for k in range(group):
         value = load(x + k * VECTOR)
         off = value - _even_level(value * inverse, table) * scale
-        total = total + off * off
+        total = total + off * fill(counts[k]) * off
     return total
 
 
@@ -211,16 +242,19 @@ def _stored(scale, power, table):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _encode_one_scale(x, power, table, anchors, block):  # type: ignore[no-untyped-def]
+def _encode_one_scale(x, columns, power, table, anchors, measured, block):  # type: ignore[no-untyped-def]
     """Write a block without integers to address `block`."""
     peak = magnitude(_peak(x, BLOCK_K))
     best, least = fill(ZERO), fill(INFINITY)
     for a in range(anchors):
         stored = _stored(peak / fill(table[FIRST_ANCHOR + a]), power, table)
-        error = _error(x, BLOCK_K, stored * (fill(ONE) / power), table)
+        error = _error(x, columns, BLOCK_K, stored * (fill(ONE) / power), table)
         best, least = where_less(error, least, stored, best), where_less(error, least, error, least)
     store(block, best)
-    _put_bytes(x, BLOCK_K, _over(fill(ONE), best * (fill(ONE) / power)), table, block + LINE)
+    d = best * (fill(ONE) / power)
+    _put_bytes(x, BLOCK_K, _over(fill(ONE), d), table, block + LINE)
+    if measured:
+        _measure_even(x, columns, measured, d, table, x + SUMS)
 
 
 @inner
@@ -276,17 +310,17 @@ def _put_header(numbers, groups, d, two_lines, header):  # type: ignore[no-untyp
     store(header + (LINE if two_lines else 0), lower)
 
 
-def _make_encode_two_scales(fit, put_codes, group, two_lines):  # type: ignore[no-untyped-def]
+def _make_encode_two_scales(fit, put_codes, measure, group, two_lines):  # type: ignore[no-untyped-def]
     groups, header_bytes = BLOCK_K // group, LINE * (1 + two_lines)
 
     @inner
-    def fit_anchors(x, fits, anchors, table):  # type: ignore[no-untyped-def]
-        """Each anchor's scale, Σ level² and gain of one group to address `fits`; the scale with the largest gain."""
+    def fit_anchors(x, columns, fits, anchors, table):  # type: ignore[no-untyped-def]
+        """Each anchor's scale, Σ c level² and gain of one group to address `fits`; the scale with the largest gain."""
         peak, best, most = _peak(x, group), fill(ZERO), fill(-ONE)
         for a in range(anchors):
             inverse = _over(fill(table[FIRST_ANCHOR + a]), peak)
-            products, squares = fit(x, group, inverse, table)
-            scale = products / where_less(squares, fill(ONE), fill(ONE), squares)
+            products, squares = fit(x, columns, group, inverse, table)
+            scale = products / where_less(squares, fill(NOTHING), fill(ONE), squares)
             gain = scale * products
             store(fits + a * FIT_BYTES, scale)
             store(fits + a * FIT_BYTES + VECTOR, squares)
@@ -295,38 +329,46 @@ def _make_encode_two_scales(fit, put_codes, group, two_lines):  # type: ignore[n
         return best
 
     @inner
-    def refit(x, d, power, table):  # type: ignore[no-untyped-def]
+    def refit(x, columns, d, power, table):  # type: ignore[no-untyped-def]
         """The best d, as stored, for the block's integers and the levels that are nearest with the d so far."""
         numerator, denominator = fill(ZERO), fill(ZERO)
         for g in range(groups):
             integer = _integer(load(x + INTEGERS + g * VECTOR), table)
-            products, squares = fit(x + g * group * VECTOR, group, _over(fill(ONE), integer * d), table)
+            inverse = _over(fill(ONE), integer * d)
+            products, squares = fit(x + g * group * VECTOR, columns + g * group * 4, group, inverse, table)
             numerator = numerator + integer * products
             denominator = denominator + integer * integer * squares
         return _stored(_over(numerator, denominator), power, table)
 
     @inner
-    def encode_two_scales(x, power, table, anchors, block):  # type: ignore[no-untyped-def]
+    def encode_two_scales(x, columns, power, table, anchors, measured, block):  # type: ignore[no-untyped-def]
         """Write a block with integers to address `block`."""
         top, fits = fill(ZERO), x + FITS
         for g in range(groups):
-            scale = magnitude(fit_anchors(x + g * group * VECTOR, fits + g * anchors * FIT_BYTES, anchors, table))
+            own = fits + g * anchors * FIT_BYTES
+            scale = magnitude(fit_anchors(x + g * group * VECTOR, columns + g * group * 4, own, anchors, table))
             top = where_less(top, scale, scale, top)
         d = _search_d(fits, groups, anchors, top, power, table)
         for g in range(groups):
             store(x + INTEGERS + g * VECTOR, _cheapest(fits + g * anchors * FIT_BYTES, anchors, d, table)[0])
-        stored = refit(x, d, power, table)
+        stored = refit(x, columns, d, power, table)
         _put_header(x + INTEGERS, groups, stored, two_lines, block)
         d = stored * (fill(ONE) / power)
         for g in range(groups):
-            inverse = _over(fill(ONE), _integer(load(x + INTEGERS + g * VECTOR), table) * d)
-            put_codes(x + g * group * VECTOR, group, inverse, table, block + header_bytes + g * group * TILE_ROWS // 2)
+            scale = _integer(load(x + INTEGERS + g * VECTOR), table) * d
+            lines = block + header_bytes + g * group * TILE_ROWS // 2
+            put_codes(x + g * group * VECTOR, group, _over(fill(ONE), scale), table, lines)
+            if measured:
+                width = max(0, min(group, measured - g * group))
+                measure(x + g * group * VECTOR, columns + g * group * 4, width, scale, table, x + SUMS)
 
     return encode_two_scales
 
 
-_encode_fast = _make_encode_two_scales(_fit_even, _put_even_codes, FAST.group, two_lines=False)
-_encode_accurate = _make_encode_two_scales(_fit_listed, _put_listed_codes, ACCURATE.group, two_lines=True)
+_encode_fast = _make_encode_two_scales(_fit_even, _put_even_codes, _measure_even, FAST.group, two_lines=False)
+_encode_accurate = _make_encode_two_scales(
+    _fit_listed, _put_listed_codes, _measure_listed, ACCURATE.group, two_lines=True
+)
 
 
 @inner
@@ -345,9 +387,36 @@ def _open_block(weight, rows, columns, k, x):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _part(weight, rules, out, scratch, n, k, code, anchors, part, parts):  # type: ignore[no-untyped-def]
+def _clear_sums(x):  # type: ignore[no-untyped-def]
+    for number in range(SUM_COUNT):
+        store(x + SUMS + number * VECTOR, fill(ZERO))
+
+
+@inner
+def _add_sums(x, power, totals):  # type: ignore[no-untyped-def]
+    """Add a block's sums to `totals`, float64 [4], times the squares of the rows' powers of two."""
+    store(x, power)  # the columns are not needed any more
+    powers = floats(x, (TILE_ROWS,))
+    for number in range(SUM_COUNT):
+        sums = floats(x + SUMS + number * VECTOR, (TILE_ROWS,))
+        for row in range(TILE_ROWS):
+            totals[number] += np.float64(sums[row]) * np.float64(powers[row]) * np.float64(powers[row])
+
+
+@inner
+def _encode_block(x, counts, power, table, code, anchors, measured, target):  # type: ignore[no-untyped-def]
+    if code == FAST_CODE:
+        _encode_fast(x, counts, power, table, anchors, measured, target)
+    elif code == ACCURATE_CODE:
+        _encode_accurate(x, counts, power, table, anchors, measured, target)
+    else:
+        _encode_one_scale(x, counts, power, table, anchors, measured, target)
+
+
+@inner
+def _part(weight, rules, out, scratch, columns, errors, n, k, code, anchors, part, parts):  # type: ignore[no-untyped-def]
     table = floats(rules, (TABLE_SIZE,))
-    x = scratch + part * SCRATCH_BYTES
+    x, totals = scratch + part * SCRATCH_BYTES, doubles(errors + part * SUM_COUNT * 8, (SUM_COUNT,))
     first_tile, end_tile = share((n + TILE_ROWS - 1) // TILE_ROWS, part, parts)
     blocks = (k + BLOCK_K - 1) // BLOCK_K
     for tile in range(first_tile, end_tile):
@@ -356,18 +425,22 @@ def _part(weight, rules, out, scratch, n, k, code, anchors, part, parts):  # typ
             column = block * BLOCK_K
             _open_block(weight + (row * k + column) * 4, min(TILE_ROWS, n - row), min(BLOCK_K, k - column), k, x)
             power, target = _normalise(x), out + (tile * blocks + block) * BLOCK_BYTES[code]
-            if code == FAST_CODE:
-                _encode_fast(x, power, table, anchors, target)
-            elif code == ACCURATE_CODE:
-                _encode_accurate(x, power, table, anchors, target)
-            else:
-                _encode_one_scale(x, power, table, anchors, target)
+            measured = min(BLOCK_K, k - column) if errors != 0 else 0  # columns; filling is left out
+            if measured:
+                _clear_sums(x)
+            _encode_block(x, columns + column * 4, power, table, code, anchors, measured, target)
+            if measured:
+                _add_sums(x, power, totals)
 
 
 def _encode(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
-    """Pack weight [n, k], float32 and finite. Arguments: those of _part, the first four addresses."""
-    weight, rules, out, scratch, n, k, code, anchors = arguments_of(arguments, 8)
-    _part(weight, rules, out, scratch, n, k, code, anchors, part, parts)
+    """Pack weight [n, k], float32 and finite. Arguments: those of _part, the first six addresses.
+
+    columns: float32, how much errors in each column count, filled up to whole blocks. errors: 0, or of float64
+    [parts, 4], zeros, to which the sums of squares of weights and errors are added.
+    """
+    weight, rules, out, scratch, columns, errors, n, k, code, anchors = arguments_of(arguments, 10)
+    _part(weight, rules, out, scratch, columns, errors, n, k, code, anchors, part, parts)
     return 0
 
 

@@ -315,6 +315,11 @@ def multiply_high(builder: Any, a: Any, b: Any) -> Any:
     return _call_in_parts(builder, "llvm.x86.avx512.pmulhu.w.512", 1, [a, b])
 
 
+def multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
+    """For AVX-512: a's unsigned bytes times b's signed ones, and the sums of pairs, in 16 bits."""
+    return _call_in_parts(builder, "llvm.x86.avx512.pmaddubs.w.512", 1, [a, b], SHORTS)
+
+
 def dot_bytes(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
     """sums [16] += the products of each lane's four unsigned bytes `weights` and four signed bytes `x`."""
     operands = [sums, builder.bitcast(weights, VI), x]

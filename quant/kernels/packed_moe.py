@@ -9,6 +9,8 @@ In step 2 a thread takes rows of an expert, in step 3 columns of out for all exp
 are done at about the same time, however many tokens an expert has. The sum over a token's experts runs in ascending
 order of expert id (equal ids: in order of slot), whatever the slots and the threads.
 
+w2 may have another format than w1 and w3: it decides how hidden values are quantised.
+
 With NUMA nodes, each holds a share of every matrix's rows, and its threads compute those.
 """
 
@@ -102,7 +104,7 @@ def _hidden(layer):  # type: ignore[no-untyped-def]
     """Hidden values in the order of the sorted pairs."""
     pairs = layer.tokens * layer.top_k + TOKENS
     address = _pair_inputs(layer).records + lines(input_bytes(pairs, layer.dim))
-    return inputs_at(address, pairs, layer.inter, layer.code)
+    return inputs_at(address, pairs, layer.inter, layer.down_code)
 
 
 @inner

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.isa import x86_has
-from quant.kernels.activations import Inputs, k_blocks, record_bytes, record_of, scale_of
+from quant.kernels.activations import Inputs, k_blocks, offset_of, record_bytes, record_of, scale_of
 from quant.kernels.decode import ACCURATE_CODE, FAST_CODE
 from quant.kernels.jit import inner, shared
 from quant.kernels.leaf import Leaf
@@ -34,12 +34,15 @@ from quant.kernels.packed_dot import (
     group_integers,
     look_up,
     multiply_high,
+    multiply_pairs,
     shuffle_bytes,
+    unsigned_quad,
 )
 from quant.kernels.tiles import floats, integers
 from quant.kernels.vector import (
     F32,
     I8,
+    I32,
     I64,
     POINTER,
     VF,
@@ -376,20 +379,32 @@ def _write_fast(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Writ
 
 
 def _write_accurate(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Write:
-    """The upper and the lower bytes of integer * level."""
-    assert fmt.levels is not None
-    s, eight, levels = _twice(builder, group_integers(builder, fmt, block, group)), _shorts(8), list(fmt.levels)
-    low_bytes = _shorts(0xFF)
+    """The upper and the lower bytes of integer * level.
+
+    Products of even and of odd bytes, of level + offset, come from one instruction that adds up pairs: the integer is
+    in one byte of each pair, and 0 in the other.
+    """
+    s, offset = group_integers(builder, fmt, block, group), offset_of(fmt)
+    byte = builder.and_(s, splat_bits(0xFF))
+    of_even = builder.or_(byte, builder.shl(byte, splat_bits(16)))
+    factors = [builder.bitcast(factor, BYTES) for factor in (of_even, builder.shl(of_even, splat_bits(8)))]
+    too_much = builder.mul(_twice(builder, s), _shorts(offset))
 
     def write(number: int) -> list[Any]:
-        level = builder.bitcast(look_up(builder, code_quad(builder, fmt, block, number), levels), SHORTS)
-        even = builder.mul(builder.ashr(builder.shl(level, eight), eight), s)
-        odd = builder.mul(builder.ashr(level, eight), s)
-        high = builder.or_(builder.lshr(even, eight), builder.and_(odd, _shorts(0xFF00)))
-        low = builder.or_(builder.and_(even, low_bytes), builder.shl(odd, eight))
-        return [high, low]
+        values = unsigned_quad(builder, fmt, block, number)
+        even, odd = (builder.sub(multiply_pairs(builder, values, factor), too_much) for factor in factors)
+        high = _merge(builder, builder.lshr(even, _shorts(8)), odd)
+        return [high, _merge(builder, even, builder.shl(odd, _shorts(8)))]
 
     return write
+
+
+def _merge(builder: Any, even: Any, odd: Any) -> Any:
+    """Even bytes of one vector, odd ones of the other. LLVM would take a shuffle, which is three times as slow."""
+    mask, even, odd = (builder.bitcast(vector, VI) for vector in (_shorts(0xFF), even, odd))
+    kind = ir.FunctionType(VI, [VI, VI, VI, I32])
+    select = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.pternlog.d.512")
+    return builder.call(select, [mask, even, odd, ir.Constant(I32, 0xCA)])
 
 
 def _write_q8(builder: Any, fmt: PackedFormat, block: Any, group: int) -> Write:

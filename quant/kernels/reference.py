@@ -124,9 +124,9 @@ def packed_moe_experts(
         tokens, slots = np.nonzero(topk_ids == index)
         if not tokens.size:
             continue
-        end = record.w2 + record.format.nbytes(wide[::-1])
+        end = record.w2 + record.down_format.nbytes(wide[::-1])
         w1, w3, w2 = data[: record.w3], data[record.w3 : record.w2], data[record.w2 : end]
         gate, up = (packed_linear(x[tokens], matrix, record.format, wide, fused) for matrix in (w1, w3))
-        y = packed_linear(silu(gate) * up, w2, record.format, wide[::-1], fused)
+        y = packed_linear(silu(gate) * up, w2, record.down_format, wide[::-1], fused)
         np.add.at(out, tokens, topk_weights[tokens, slots, None] * y)
     return out

@@ -14,8 +14,8 @@ from quant.kernels.tiles import integers
 class Layer(NamedTuple):
     """Addresses and sizes of one call. x, out: float32 [tokens, dim]; ids, weights: [tokens, top_k].
 
-    table: int64 [nodes * experts, ...]. granted: whether AMX's tiles may be used. Only packed weights have several
-    nodes, or tiles.
+    table: int64 [nodes * experts, ...]. code: of the format of w1 and w3; down_code: of w2's. granted: whether AMX's
+    tiles may be used. Only packed weights have several nodes, tiles, or two formats.
     """
 
     x: int
@@ -31,6 +31,7 @@ class Layer(NamedTuple):
     dim: int
     inter: int
     code: int
+    down_code: int
     nodes: int
     granted: int
 

@@ -46,6 +46,12 @@ def floats(address, shape):  # type: ignore[no-untyped-def]
 
 
 @inner
+def doubles(address, shape):  # type: ignore[no-untyped-def]
+    """The float64 array of `shape` at `address`."""
+    return numba.carray(pointer(address), shape, np.float64)
+
+
+@inner
 def words(address, shape):  # type: ignore[no-untyped-def]
     """The int32 array of `shape` at `address`."""
     return numba.carray(pointer(address), shape, np.int32)

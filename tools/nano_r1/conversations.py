@@ -9,7 +9,7 @@ from random import Random
 
 import torch
 
-from tools.nano_r1.decode import decode_greedily
+from hybrid_rt.evaluate.batch import decode_greedily
 from tools.nano_r1.evaluate import LIMIT, Runnable, is_correct, load
 from tools.nano_r1.mixture import any_exchange, earlier_turn, task_exchange
 from tools.nano_r1.serialize import prompt_text
@@ -40,7 +40,7 @@ def share_right(model: Runnable, turns: int, count: int, alike: bool) -> tuple[f
     right = 0
     for first in range(0, count, size):
         some = asked[first : first + size]
-        outputs = decode_greedily(model.model, model.config, [ids for _, ids in some], LIMIT)
+        outputs = decode_greedily(model.model, model.config, [ids for _, ids in some], LIMIT, BATCH_TOKENS)
         right += sum(is_correct(TASKS["add"], problem, out) for (problem, _), out in zip(some, outputs, strict=True))
     return right / count, sum(len(ids) for _, ids in asked) / count
 

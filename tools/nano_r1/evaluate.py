@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hybrid_rt.evaluate.batch import decode_greedily
 from hybrid_rt.loader import load_transformer, open_model
 from hybrid_rt.planning import plan_model
 from hybrid_rt.transformer import Transformer
@@ -29,7 +30,6 @@ from quant.checkpoint import Checkpoint
 from quant.config import ModelConfig
 from quant.kernels import set_threads
 from quant.store import Store
-from tools.nano_r1.decode import decode_greedily
 from tools.nano_r1.export import trained_tensor
 from tools.nano_r1.model import PackedContext, Trainee, pack
 from tools.nano_r1.serialize import prompt_text
@@ -135,7 +135,9 @@ def measure(runnable: Runnable, name: str, problems: int, seed: int) -> tuple[Sc
     answers: dict[int, list[int]] = {}
     for first in range(0, problems, BATCH):
         rows = order[first : first + BATCH]
-        outputs = decode_greedily(runnable.model, runnable.config, [prompts[i] for i in rows], LIMIT)
+        outputs = decode_greedily(
+            runnable.model, runnable.config, [prompts[i] for i in rows], LIMIT, TOKENS_AT_ONCE * 4
+        )
         answers |= dict(zip(rows, outputs, strict=True))
     correct = sum(is_correct(task, problem, answers[i]) for i, problem in enumerate(held_out))
     tokens = sum(map(len, answers.values())) / problems

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from random import Random
+from typing import Any
+
+from hybrid_rt.evaluate.answers import says_result
 
 from .base import Task, restyle
 from .digits import add_text, reverse, row_steps, subtract_text, unreverse
@@ -76,8 +78,10 @@ class Arithmetic(Task[Pair]):
         return f"{a} {self.sign} {b} = {self.result(problem)}"
 
     def check(self, problem: Pair, text: str) -> bool:
-        found = re.search(r"= *(-?\d+)", text)
-        return found is not None and int(found[1]) == self.result(problem)
+        return says_result(self.expected(problem), text)
+
+    def expected(self, problem: Pair) -> dict[str, Any]:
+        return {"result": self.result(problem)}
 
 
 class Add(Arithmetic):

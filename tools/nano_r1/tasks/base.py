@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from random import Random
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 P = TypeVar("P")
 Split = Literal["train", "test"]
@@ -47,6 +47,10 @@ class Task(ABC, Generic[P]):
     @abstractmethod
     def check(self, problem: P, text: str) -> bool:
         """Whether `text`, what follows </think>, answers the problem rightly."""
+
+    @abstractmethod
+    def expected(self, problem: P) -> dict[str, Any]:
+        """What a checker of hybrid_rt/evaluate/answers.py needs to know of the problem, as JSON has it."""
 
     @abstractmethod
     def easy(self, problem: P) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from decimal import Decimal
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from hybrid_rt.evaluate.answers import says_comparison
 
 from .base import Task, restyle
 from .digits import compare_steps
@@ -124,19 +125,10 @@ class Compare(Task[Comparison]):
         return fact
 
     def check(self, problem: Comparison, text: str) -> bool:
-        a, b = Decimal(problem.a), Decimal(problem.b)
-        said = re.search(r"([\d.]*\d) is (larger|smaller) than ([\d.]*\d)", text)
-        if a == b or not said:
-            return a == b and "are equal" in text
-        first, word, second = said.groups()
-        if {first, second} != {problem.a, problem.b}:
-            return False
-        if problem.ask.startswith("is"):
-            holds = a > b if problem.ask == "is larger" else a < b
-            if ("yes" in text.lower()) != holds:
-                return False
-        larger = Decimal(first) > Decimal(second)
-        return larger == (word == "larger")
+        return says_comparison(self.expected(problem), text)
+
+    def expected(self, problem: Comparison) -> dict[str, Any]:
+        return problem._asdict()
 
     def easy(self, problem: Comparison) -> bool:
         (a, _, x), (b, _, y) = problem.a.partition("."), problem.b.partition(".")

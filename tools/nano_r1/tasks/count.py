@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from hybrid_rt.evaluate.answers import says_times
 
 from .base import Split, Task, restyle
 from .words import LETTERS, english, held_out, train_word
@@ -101,8 +102,10 @@ class CountTask(Task[Count]):
         return f'The letter {problem.letter} appears {times} {unit} in "{problem.word}".'
 
     def check(self, problem: Count, text: str) -> bool:
-        said = re.search(r"(\d+) times?", text)
-        return said is not None and int(said[1]) == problem.word.count(problem.letter)
+        return says_times(self.expected(problem), text)
+
+    def expected(self, problem: Count) -> dict[str, Any]:
+        return {"times": problem.word.count(problem.letter)}
 
     def easy(self, problem: Count) -> bool:
         return len(problem.word) <= 4

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from hybrid_rt.latent_attention import dense
 from hybrid_rt.rope import softmax_scale
 from hybrid_rt.transformer import Transformer
 from quant.config import ModelConfig
@@ -39,16 +40,17 @@ class LeftPadded:
     ) -> torch.Tensor:
         """Attention in the latent space, wkv_b absorbed into queries and outputs; see hybrid_rt.latent_attention."""
         rows, (n_heads, nope) = len(self.starts), q_nope.shape[1:]
+        wkv_b = dense(wkv_b)
         lora = wkv_b.shape[2]
         cached = self.cache[layer, :, : self.end]
-        cached[:, self.first :] = latent.unflatten(0, (rows, -1))
-        absorbed = (q_nope.transpose(0, 1) @ wkv_b[:, :nope]).transpose(0, 1)  # [T, H, lora]
-        queries = torch.cat([absorbed, q_pe], dim=-1).unflatten(0, (rows, -1))  # [B, columns, H, lora + rope]
+        cached[:, self.first :] = latent.float().unflatten(0, (rows, -1))
+        absorbed = (q_nope.float().transpose(0, 1) @ wkv_b[:, :nope]).transpose(0, 1)  # [T, H, lora]
+        queries = torch.cat([absorbed, q_pe.float()], dim=-1).unflatten(0, (rows, -1))  # [B, columns, H, lora + rope]
         scores = queries.flatten(1, 2) @ cached.mT * self.scale  # [B, columns * H, S]
         hidden = self.visible.logical_not().repeat_interleave(n_heads, dim=1)
         weighted = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ cached[..., :lora]
         values = weighted.view(-1, n_heads, lora).transpose(0, 1) @ wkv_b[:, nope:].mT  # [H, T, v]
-        return values.transpose(0, 1)
+        return values.transpose(0, 1).to(q_nope.dtype)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but `rows`."""
@@ -57,9 +59,12 @@ class LeftPadded:
 
 @torch.inference_mode()
 def decode_greedily(
-    model: Transformer, config: ModelConfig, prompts: Sequence[Sequence[int]], limit: int
+    model: Transformer, config: ModelConfig, prompts: Sequence[Sequence[int]], limit: int, at_once: int
 ) -> list[list[int]]:
-    """The most probable continuation of each prompt, up to and including an end token or `limit` tokens."""
+    """The most probable continuation of each prompt, up to and including an end token or `limit` tokens.
+
+    at_once: the most tokens of a forward pass, at least one a prompt.
+    """
     longest = max(map(len, prompts))
     starts = torch.tensor([longest - len(prompt) for prompt in prompts])
     context = LeftPadded(config, starts, longest + limit)
@@ -69,9 +74,7 @@ def decode_greedily(
     ends = torch.tensor(config.eos_token_ids)
     running = torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(limit):
-        context.advance(ids.shape[1])
-        states = model(ids.flatten(), context).unflatten(0, ids.shape)[:, -1]
-        chosen = model.head(states).argmax(-1)
+        chosen = model.head(_last_states(model, context, ids, at_once // len(ids))).argmax(-1)
         for row, token, runs in zip(alive.tolist(), chosen.tolist(), running.tolist(), strict=True):
             if runs:
                 outputs[row].append(token)
@@ -84,3 +87,11 @@ def decode_greedily(
             alive, chosen, running = alive[rows], chosen[rows], running[rows]
         ids = chosen[:, None]
     return outputs
+
+
+def _last_states(model: Transformer, context: LeftPadded, ids: torch.Tensor, columns: int) -> torch.Tensor:
+    """The final states [B, dim] of the last of `ids` [B, L], of which `columns` are run at a time."""
+    for some in ids.split(columns, dim=1):
+        context.advance(some.shape[1])
+        states = model(some.flatten(), context).unflatten(0, some.shape)[:, -1]
+    return states

@@ -1,0 +1,97 @@
+"""`dsr1 eval --tasks`: the problems that ship, what counts as right, and batches that answer as one at a time."""
+
+import json
+
+import pytest
+
+from cli.eval import EvalOptions, measure
+from hybrid_rt import Engine, Sampling
+from hybrid_rt.evaluate.answers import says_comparison, says_expression, says_result, says_times
+from hybrid_rt.evaluate.problems import FILE, held_out_problems
+from hybrid_rt.evaluate.tasks import Answers, answer_all, compare_answers
+from hybrid_rt.generation import collect
+from quant.errors import UsageError
+from tools.nano_r1.problems import lines
+from tools.nano_r1.tasks import TASKS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_the_file_is_what_the_generators_make() -> None:
+    assert FILE.read_text("utf-8").splitlines() == "".join(lines()).splitlines()
+    assert [len(some) for some in held_out_problems().values()] == [
+        1000
+    ] * 6 and held_out_problems().keys() == TASKS.keys()
+    with pytest.raises(UsageError, match="from 2 to 1000"):
+        held_out_problems(1001)
+
+
+@pytest.mark.parametrize(
+    ("check", "expected", "right", "wrong"),
+    [
+        (says_result, {"result": -12}, ["3 - 15 = -12", "= -12."], ["", "-12", "3 - 15 = 12", f"= {'9' * 5000}"]),
+        (says_times, {"times": 3}, ["The letter r appears 3 times"], ["3", "13 times", "2 times, or 3 times"]),
+        (
+            says_comparison,
+            {"a": "9.11", "b": "9.8", "ask": "is larger"},
+            ["No, 9.8 is larger than 9.11", "no: 9.11 is smaller than 9.8"],
+            ["Yes, 9.8 is larger than 9.11", "No, 9.11 is larger than 9.8", "No, 9.9 is larger than 9.11", "No", ""],
+        ),
+        (says_comparison, {"a": "2.5", "b": "2.50", "ask": "larger"}, ["2.5 and 2.50 are equal"], ["2.5 is larger"]),
+        (
+            says_expression,
+            {"numbers": [6, 8, 11], "target": 82, "solvable": True},
+            ["11 * 8 - 6 = 82", "(8*11)-6=82"],
+            [
+                "11 * 8 - 6",
+                "82 = 82",
+                "6 * 8 + 11 = 82",
+                "11 ** 8 - 6 = 82",
+                "11 * 8 - 6 - = 82",
+                "(" * 150 + "6 8 11=",
+            ],
+        ),
+        (says_expression, {"numbers": [1], "target": 9, "solvable": False}, ["There is no way to"], ["1 = 9"]),
+    ],
+)
+def test_what_is_right(check, expected, right, wrong) -> None:
+    assert all(check(expected, text) for text in right)
+    assert not any(check(expected, text) for text in wrong)
+
+
+def test_a_batch_answers_as_one_at_a_time() -> None:
+    """Prompts of several lengths, prefilled in several pieces, on packed weights and 8-bit activations."""
+    engine = Engine.load("nano-r1", threads=1, dtype="float32")
+    engine.prefill_chunk = 24
+    problems = {task: some[:2] for task, some in held_out_problems(2).items() if task in ("add", "count", "compare")}
+    answers = answer_all(engine, problems, lambda done, total: None)
+    for task, some in problems.items():
+        lengths = []
+        for problem, solved in zip(some, answers[task].solved, strict=True):
+            prompt = engine.prompt_ids([{"role": "user", "content": problem.question}], think=True)
+            alone = collect(engine.generate(prompt, Sampling(temperature=0, max_new_tokens=600)))
+            assert problem.solved_by(alone.text) == solved
+            lengths.append(len(alone.token_ids))
+        assert answers[task].tokens == sum(lengths) / 2
+
+
+def test_scores_of_all_tasks_together() -> None:
+    model = {"add": Answers((True, True, False), 10.0), "count": Answers((True,), 2.0)}
+    reference = {"add": Answers((True, False, False), 10.0), "count": Answers((True,), 2.0)}
+    scores = compare_answers(model, reference)
+    assert list(scores) == ["add", "count", "all"]
+    every = scores["all"]
+    assert (every.problems, every.accuracy.value, every.tokens) == (4, 0.75, 8.0) and every.reference is not None
+    assert every.reference.value == 0.5 and every.pairs is not None and every.pairs.only_model == 1
+    assert compare_answers(model, None)["add"].pairs is None
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid_rt.evaluate.tasks.LIMIT", 3)  # nobody answers so soon
+    measure("nano-r1", EvalOptions(tasks=True, problems=2, threads=1, against="nano-r1", as_json=True))
+    told = json.loads(capsys.readouterr().out)
+    assert told["tasks"].keys() == {*TASKS, "all"} and told["tasks"]["all"]["problems"] == 12
+    assert told["tasks"]["all"]["accuracy"]["value"] == 0 and told["tasks"]["all"]["pairs"]["p_value"] == 1
+    measure("nano-r1", EvalOptions(tasks=True, problems=2, threads=1))
+    out = capsys.readouterr().out
+    assert "2 held-out problems a task" in out and "McNemar" not in out
