@@ -526,6 +526,17 @@ def test_a_plan_as_json_has_its_sums_and_stays_the_same() -> None:
     assert fields["placements"][0].items() >= first.items()
 
 
+def test_experts_of_two_formats_go_where_others_go() -> None:
+    """`accurate` keeps down of the first and the last layer with experts at 8 bits."""
+    plan, plain = (
+        plan_for(TINY_CONFIG, Budget("cuda", 2 * GIB, GIB, 256), recipe) for recipe in ("accurate", "balanced")
+    )
+    assert plan.representation(1, "routed_expert") == "accurate+q8" and plan.gpu_experts() == plain.gpu_experts() > 0
+    assert plan.placement(1, "routed_expert").nbytes > plain.placement(1, "routed_expert").nbytes
+    available, notes = store_of("accurate", TINY_CONFIG), []  # type: ignore[var-annotated]
+    assert choose_residency("copied", Inventory.of(TINY_CONFIG), available, [GIB, GIB], notes) == "copied"
+
+
 def test_records_of_experts_are_whole_pages() -> None:
     for fmt, recipe in ((ACCURATE, "balanced"), (Q8, "q8")):
         plan = plan_for(TINY_CONFIG, Budget("cpu", 0, GIB, 256), recipe)
@@ -565,7 +576,7 @@ def test_every_known_model_can_be_planned_and_keeps_its_own_model_type() -> None
     for fields in {id(fields): fields for fields in KNOWN_MODELS.values()}.values():
         shape = shape_of(fields)
         assert shape.config.model_type == fields["model_type"]
-        plan = plan_for(shape.config, Budget("cuda", 48 * GIB, 2048 * GIB, 4096))
+        plan = plan_for(shape.config, Budget("cuda", 48 * GIB, 2048 * GIB, 4096), "balanced", "experts=mapped")
         assert plan.ram_bytes > plan.weight_bytes("ram") > 2 * plan.gpu_bytes // 3
 
 

@@ -95,6 +95,14 @@ def test_all_layers_at_long_contexts(hub_id: str, context: int) -> None:
     check_transfers(proving.plan, prefill, chunk)
 
 
+def test_a_plan_with_experts_of_two_formats() -> None:
+    """R1's first three layers with experts have down at 8 bits, and so have experts on the GPU."""
+    proving = prover(R1, 24, 400, 4096, recipe="accurate")
+    assert proving.plan.gpu_experts() and proving.plan.representation(3, "routed_expert") == "accurate+q8"
+    chunk = proving.plan.prefill_chunk
+    check(proving.plan, [proving.run(1, 4095, FEW), proving.run(chunk, 4096 - chunk, FEW)])
+
+
 def test_operators_across_devices_are_refused() -> None:
     proving = prover(MOONLIGHT, 24, 32, 256)
     proving.model.rope.frequencies = torch.zeros_like(proving.model.rope.frequencies, device="cpu")
