@@ -227,7 +227,7 @@ class Calibration:
         prefix = f"layers.{layer}"
         norm = RMSNorm(self._parts.tensor(f"{prefix}.attn_norm"), self.config.norm_eps)
         attention, sums = MLA(self.config, layer, self._parts), self._parts.sums_of(f"{prefix}.attn.wkv_b")
-        cache = LatentCache(self.config, max(map(len, self._windows)), torch.float32, CpuBackend())
+        cache = LatentCache(self.config, max(map(len, self._windows)), "float32", CpuBackend())
         for states in self._states.split([len(window) for window in self._windows]):
             cache.length = 0
             context = MeasuredAttention(cache, len(states), self._scale, sums)

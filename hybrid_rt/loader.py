@@ -108,7 +108,7 @@ class StoredParts:
         pieces = [records[slice(*placement.experts)] for placement in placements if placement.experts]
         whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         placed = self.backend.place("routed_expert", whole)
-        return DeviceExperts(placed, self.backend.place("expert slots", torch.tensor(slots)), self.source.record)
+        return DeviceExperts(placed, self.backend.place("expert slots", torch.tensor(slots)), self.source.record(layer))
 
     def _host_experts(
         self, layer: int, placements: Sequence[Placement]

@@ -1,6 +1,6 @@
 """A plan proved without its machine and without its weights: the model's own code on fake tensors of full size.
 
-    proof = prove(plan, inventory, recipe, tokens=512, position=32256)
+    proof = Prover(plan, inventory, formats).run(tokens=512, position=32256)
     proof.gpu_bytes       the most that weights, cache and temporaries took at a time, with the plan's reserves
     proof.crossings       every transfer between host and GPU: (kind, bytes)
 
@@ -33,10 +33,10 @@ from offload.experts import ExpertBuffers
 from offload.plan import Plan
 from quant.inventory import Inventory
 from quant.manifest import Manifest
-from quant.recipes import Recipe
 from quant.safetensors_file import DTYPES as STORED_DTYPES
 from quant.safetensors_file import SafetensorsFile
 from quant.store import Store
+from quant.store_formats import StoreFormats
 from quant.store_layout import StoreEntry, plan_store
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -156,7 +156,7 @@ class Prover:
 
     plan: Plan
     inventory: Inventory
-    recipe: Recipe
+    formats: StoreFormats
     device: FakeDevice = field(default_factory=FakeDevice)
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ class Prover:
         config, plan = self.inventory.config, self.plan
         dtype = DTYPES[plan.dtype]
         buffers = ExpertBuffers(config, self.device, plan.prefill_chunk)
-        model = load_transformer(fake_store(self.inventory, self.recipe), plan, dtype, self.device, buffers)
+        model = load_transformer(fake_store(self.inventory, self.formats), plan, dtype, self.device, buffers)
         return model, LatentCache(config, plan.context, plan.cache_format, self.device)
 
     def run(self, tokens: int, position: int, layers: int | None = None) -> Proof:
@@ -203,8 +203,8 @@ class Prover:
             self.model.layers = every
 
 
-def fake_store(inventory: Inventory, recipe: Recipe) -> Store:
+def fake_store(inventory: Inventory, formats: StoreFormats) -> Store:
     """A store of fake tensors, as `dsr1 quantize` would make it."""
-    shards = {name: FakeShard(file.tensors) for name, file in plan_store(inventory, recipe).items()}
-    manifest = Manifest(recipe, inventory.config.n_mtp_layers, {})
+    shards = {name: FakeShard(file.tensors) for name, file in plan_store(inventory, formats).items()}
+    manifest = Manifest(formats, inventory.config.n_mtp_layers, {})
     return Store(Path("fake"), inventory.config, inventory, manifest, cast(dict[str, SafetensorsFile], shards))

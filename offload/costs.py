@@ -20,7 +20,7 @@ from offload.plan import Placement, Plan
 from offload.workspace import ABSORBED_UP_TO, PREFILL_BLOCK
 from quant.config import ModelConfig
 from quant.inventory import cache_row_bytes
-from quant.packed import BLOCK_K, PACKED_FORMATS, TILE_ROWS
+from quant.packed import BLOCK_K, EXPERT_FORMATS, PACKED_FORMATS, TILE_ROWS
 
 PROMPT = 4096  # tokens of the prompt whose prefill is predicted, if the context holds them
 BLOCK = TILE_ROWS * BLOCK_K
@@ -154,7 +154,10 @@ class Costs:
 
     def experts(self, representation: str, record_bytes: float, touched: float, pairs: float) -> Times:
         """Routed experts of one layer on the CPU: `touched` different ones, for `pairs` of token and expert."""
-        return self.weights(representation, touched * record_bytes, pairs / touched)
+        total = Times()
+        for name, share in _shares(representation):
+            total.add(self.weights(name, share * touched * record_bytes, pairs / touched))
+        return total
 
     def _experts(self, placement: Placement, tokens: int) -> Times:
         """The part of a layer's experts that lives in one place; all are used alike."""
@@ -242,6 +245,15 @@ def block_bytes(representation: str) -> int:
     """Bytes of 16 x 128 weights; of "a+b" those of the first."""
     name = representation.partition("+")[0]
     return PACKED_FORMATS[name].block_bytes if name in PACKED_FORMATS else PLAIN_BLOCK_BYTES[name]
+
+
+def _shares(representation: str) -> tuple[tuple[str, float], ...]:
+    """The formats of a routed expert's matrices, and their shares of its bytes: of gate and up, and of down."""
+    if representation in PACKED_FORMATS or representation not in EXPERT_FORMATS:
+        return ((representation, 1.0),)
+    gate_up, down = EXPERT_FORMATS[representation]
+    both = 2 * gate_up.block_bytes + down.block_bytes
+    return (gate_up.name, 2 * gate_up.block_bytes / both), (down.name, down.block_bytes / both)
 
 
 def _costed(representation: str, machine: Machine) -> str:

@@ -8,8 +8,8 @@ from offload.pins import Pin
 from offload.plan import Device, Placement, PlanComponent, RamResidency, Range, Residency, Tier, planned_component
 from quant.config import ModelConfig
 from quant.inventory import Inventory, TensorSpec
-from quant.packed import PACKED_FORMATS, ExpertRecord, reads_heads
-from quant.recipes import stored_bytes
+from quant.packed import EXPERT_FORMATS, ExpertRecord, reads_heads
+from quant.store_formats import stored_bytes
 
 GPU_COMPONENTS = frozenset({"attention", "kv_b", "dense", "shared_expert", "norm", "router", "head"})
 # The runtime holds these in float32 whatever a checkpoint does, and so `kv_b` in RAM unless it is packed as attention
@@ -64,7 +64,7 @@ class Part:
     def movable(self) -> bool:
         """Whether these are routed experts in RAM that the planner may put on a GPU: packed ones only."""
         is_experts = self.experts is not None and self.tier == "ram" and not self.is_mtp and not self.pinned
-        return is_experts and self.forms[0].representation in PACKED_FORMATS
+        return is_experts and self.forms[0].representation in EXPERT_FORMATS
 
     def placed(self, reduced: Sequence[PlanComponent] = ()) -> Placement:
         """With its smallest form if its component is among the `reduced` ones."""
@@ -151,7 +151,8 @@ def expert_forms(inventory: Inventory, available: Available) -> list[Form]:
 def _form(config: ModelConfig, specs: Sequence[TensorSpec], chosen: Sequence[str]) -> Form:
     """The tensors `specs` of a component in their `chosen` representations; packed experts are whole records."""
     name = "+".join(dict.fromkeys(chosen))
-    if specs[0].component == "routed_expert" and name in PACKED_FORMATS:
-        record = ExpertRecord(PACKED_FORMATS[name], config.dim, config.moe_inter_dim)
+    if specs[0].component == "routed_expert" and name in EXPERT_FORMATS:
+        gate_up, down = EXPERT_FORMATS[name]
+        record = ExpertRecord(gate_up, config.dim, config.moe_inter_dim, down)
         return Form(name, config.n_routed_experts * record.nbytes)
     return Form(name, sum(stored_bytes(one, spec.shape) for spec, one in zip(specs, chosen, strict=True)))

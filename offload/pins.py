@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from offload.plan import RAM_RESIDENCIES, PlanComponent, PlanError, Range, Residency
 from quant.errors import UsageError
 from quant.inventory import CacheFormat
-from quant.packed import PACKED_FORMATS
+from quant.packed import EXPERT_FORMATS
 
 if TYPE_CHECKING:
     from offload.parts import Part
@@ -31,7 +31,7 @@ PIN_PARTS: dict[str, PlanComponent] = {
 CACHE_FORMATS: tuple[CacheFormat, ...] = get_args(CacheFormat)
 NUMBERS = r"\d{1,9}(?:-\d{1,9})?"
 PIN = re.compile(
-    rf"(?P<part>\w+)(?::(?P<layers>{NUMBERS})(?:/(?P<experts>{NUMBERS}))?)?=(?P<what>\w{{1,20}})", re.ASCII
+    rf"(?P<part>\w+)(?::(?P<layers>{NUMBERS})(?:/(?P<experts>{NUMBERS}))?)?=(?P<what>[\w+]{{1,20}})", re.ASCII
 )
 FORM = "write it as experts:3-5=gpu, experts:3/0-63=gpu, attention=accurate, cache=int8 or chunk=512"
 
@@ -88,7 +88,7 @@ class Pin:
             raise PlanError(f"--pin {self.text}: the choice there is among {kept}{places}")
         if self.what == "mapped":
             return replace(part, tier="ram", residency="mapped", pinned=True)
-        if part.forms[0].representation not in PACKED_FORMATS:
+        if part.forms[0].representation not in EXPERT_FORMATS:
             raise PlanError(
                 f"--pin {self.text}: only a store's experts can be anything but mapped; make one with `dsr1 quantize`"
             )

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from offload.plan import Plan
 from offload.sizes import format_size
-from quant.recipes import DEFAULT_RECIPE, RECIPES, representations
+from quant.packed import EXPERT_FORMATS
+from quant.recipes import DEFAULT_RECIPE, RECIPES
+from quant.store_formats import representations
 
 if TYPE_CHECKING:
     from offload.planner import Planning
@@ -82,16 +84,16 @@ class Shortages:
 
     def _store(self) -> Iterator[str]:
         """Another store of the same model."""
-        recipe = RECIPES[DEFAULT_RECIPE]
+        default = RECIPES[DEFAULT_RECIPE].experts.gate_up.name
         spec = self.planning.inventory.by_component["routed_expert"][0]
         now = self.planning.available(spec)[0]
-        if now not in RECIPES:
+        if now not in EXPERT_FORMATS:
             if self._fits(recipe=DEFAULT_RECIPE):
                 yield "the 4-bit store that `dsr1 quantize` makes of the published checkpoint fits"
         elif now != "fast" and self._fits(recipe="fast"):
             yield (
                 "--recipe fast (4.25 bits a weight) fits, with more error"
-                if now == recipe.name
+                if now == default
                 else ("a store of recipe fast fits")
             )
 
@@ -101,8 +103,8 @@ class Shortages:
             budget = replace(budget, context=context)
         if recipe is None:
             return self.find_plan(replace(planning, budget=budget))[0] is not None
-        chosen = RECIPES[recipe]
-        other = replace(planning, budget=budget, available=lambda spec: representations(spec, chosen))
+        formats = RECIPES[recipe].of(planning.config)
+        other = replace(planning, budget=budget, available=lambda spec: representations(spec, formats))
         return self.find_plan(other)[0] is not None
 
 

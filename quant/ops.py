@@ -21,7 +21,7 @@ from quant.kernels.jit import Kernel
 from quant.kernels.routing import order_integers
 from quant.kernels.threads import parts_for, thread_count
 from quant.kernels.vector import BF16_CODE, F32_CODE, FP8_CODE
-from quant.packed import PACKED_FORMATS, PackedFormat, experts_format
+from quant.packed import EXPERT_FORMATS, PACKED_FORMATS, PackedFormat
 from quant.tape import call, empty, scratch
 
 KERNELS: dict[torch.dtype, tuple[Format, int]] = {
@@ -197,9 +197,7 @@ PACKED_MOE = MoeKernel(
     table_columns=packed_moe.TABLE_COLUMNS,
     scratch_floats=packed_moe.scratch_floats,
     codes={
-        experts_format(gate_up, down): (PACKED_CODES[gate_up.name], PACKED_CODES[down.name])
-        for gate_up in PACKED_FORMATS.values()
-        for down in PACKED_FORMATS.values()
+        name: (PACKED_CODES[gate_up.name], PACKED_CODES[down.name]) for name, (gate_up, down) in EXPERT_FORMATS.items()
     },
     most_nodes=packed_moe.MOST_NODES,
     more=lambda layer: (layer.nodes, int(has_tiles())),

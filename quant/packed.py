@@ -108,6 +108,14 @@ def experts_format(gate_up: PackedFormat, down: PackedFormat) -> str:
     return gate_up.name if gate_up == down else f"{gate_up.name}+{down.name}"
 
 
+# The pairs of formats, of gate and up and of down, that a routed expert may have, by their names.
+EXPERT_FORMATS = {
+    experts_format(gate_up, down): (gate_up, down)
+    for gate_up in PACKED_FORMATS.values()
+    for down in PACKED_FORMATS.values()
+}
+
+
 @dataclass(frozen=True)
 class ExpertRecord:
     """Where the matrices of a routed expert lie in its record: gate (w1), up (w3), down (w2), one after the other.

@@ -15,8 +15,10 @@ from offload.planner import Planning, make_plan
 from offload.this_machine import keep, machine_for, measured_machine
 from quant.errors import Dsr1Error
 from quant.inventory import Inventory
-from quant.recipes import RECIPES, representations
+from quant.packed import ACCURATE, PACKED_FORMATS, Q8, ExpertRecord
+from quant.recipes import RECIPES
 from quant.shapes import known_shape
+from quant.store_formats import representations
 
 GIB = 2**30
 GPU = MachineGpu("a GPU", 24 * GIB, 1e12, 100e12, 20e9, 20e9)
@@ -41,9 +43,11 @@ assert R1 is not None
 CONFIG = R1.config
 
 
-def planned(device: str, *pins: str) -> Plan:
+def planned(device: str, *pins: str, recipe: str = "balanced") -> Plan:
+    formats = RECIPES[recipe].of(CONFIG)
+
     def available(spec):  # type: ignore[no-untyped-def]
-        return representations(spec, RECIPES["accurate"])
+        return representations(spec, formats)
 
     budget = Budget(device, 24 * GIB, 512 * GIB, 8192)  # type: ignore[arg-type]
     return make_plan(Planning(Inventory.of(CONFIG), available, budget, MACHINE, parse_pins(pins)))
@@ -61,6 +65,18 @@ def test_a_layer_s_experts_by_hand() -> None:
     assert costs.experts("accurate", record, 8, 8).seconds == pytest.approx(8 * 21504 * 100e-9 / 10)
     assert costs.experts("accurate", record, 8, 8).limit == "reading weights from RAM"
     assert costs.experts("accurate", record, 8, 80).limit == "the processor's arithmetic"
+
+
+def test_an_expert_of_two_formats_by_hand() -> None:
+    """Two of three matrices are `accurate`, 100 ns a block, and the third is q8, 200 ns."""
+    record = ExpertRecord(ACCURATE, CONFIG.dim, CONFIG.moe_inter_dim, Q8)
+    times = Costs(CONFIG, MACHINE).experts(record.format_name, record.nbytes, 8, 8)
+    assert times.seconds == pytest.approx(8 * 7168 * (100 + 100 + 200) * 1e-9 / 10)
+    decode = [
+        Costs(CONFIG, MACHINE).predict(planned("cpu", recipe=recipe)).decode_tok_s
+        for recipe in ("accurate", "balanced")
+    ]
+    assert decode[0] < decode[1]
 
 
 def test_blocks_that_wait_for_memory_follow_its_bandwidth() -> None:
@@ -95,7 +111,7 @@ def test_experts_on_the_gpu_and_faster_machines_help() -> None:
 @pytest.mark.parametrize("name", named_machines())
 def test_shipped_machines_are_whole(name: str) -> None:
     machine = load_machine(name)
-    assert set(machine.kernels) == set(RECIPES) and machine.gpu is not None
+    assert set(machine.kernels) == set(PACKED_FORMATS) and machine.gpu is not None
     per_core = machine.read_bytes_s / machine.cores
     for fmt in machine.kernels:  # no faster than reading
         assert machine.block_ns(fmt, 1) >= 1e9 * block_bytes(fmt) / per_core

@@ -490,7 +490,7 @@ def test_linear_refuses_what_it_cannot_read(
         torch.ops.dsr1.packed_linear(x, data, name, *shape)
 
 
-@pytest.mark.parametrize("bad", [-1, 4, 2**62])
+@pytest.mark.parametrize("bad", [-2, 4, 2**62])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.usefixtures("three_threads")
 def test_moe_refuses_ids_out_of_range(bad: int, threads: int) -> None:
@@ -501,9 +501,21 @@ def test_moe_refuses_ids_out_of_range(bad: int, threads: int) -> None:
     before = layer.run(x, ids, weights)
     wrong = ids.clone()
     wrong[2, 1] = bad
-    with pytest.raises(IndexError, match=r"outside 0 \.\. 3"):
+    with pytest.raises(IndexError, match=r"outside -1 \.\. 3"):
         layer.run(x, wrong, weights)
     assert torch.equal(layer.run(x, ids, weights), before)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_moe_leaves_out_pairs_without_an_expert(tokens: int) -> None:
+    """Of id -1: as with a weight of 0."""
+    rng = np.random.default_rng(0)
+    layer = Moe(FAST, 4, 16, 8, rng)
+    x, ids, weights = routed(tokens, 4, 2, 16, rng)
+    left_out = ids == ids[0, 0]
+    expected = layer.run(x, ids, weights.masked_fill(left_out, 0))
+    assert torch.allclose(layer.run(x, ids.masked_fill(left_out, -1), weights), expected, rtol=1e-5, atol=1e-6)
+    assert not layer.run(x, torch.full_like(ids, -1), weights).any()
 
 
 def test_moe_refuses_what_it_cannot_read() -> None:

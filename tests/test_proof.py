@@ -14,22 +14,23 @@ from offload.pins import parse_pins
 from offload.plan import Plan
 from offload.planner import Planning, make_plan
 from quant.inventory import Inventory
-from quant.recipes import RECIPES, representations
+from quant.recipes import RECIPES
 from quant.shapes import known_shape
+from quant.store_formats import representations
 
 GIB = 2**30
 R1, V3, MOONLIGHT = "deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-V3", "moonshotai/Moonlight-16B-A3B"
 MACHINE = load_machine("rtx-4090-ddr5")
-RECIPE = RECIPES["accurate"]
 FEW = 5  # layers: R1's three dense ones, one with experts on both sides, one with experts in RAM
 
 
-def prover(hub_id: str, gpu: int, ram: int, context: int, *pins: str) -> Prover:
+def prover(hub_id: str, gpu: int, ram: int, context: int, *pins: str, recipe: str = "balanced") -> Prover:
     shape = known_shape(hub_id)
     assert shape is not None
     inventory, budget = Inventory.of(shape.config), Budget("cuda", gpu * GIB, ram * GIB, context)
-    planning = Planning(inventory, lambda spec: representations(spec, RECIPE), budget, MACHINE, parse_pins(pins))
-    return Prover(make_plan(planning), inventory, RECIPE)
+    formats = RECIPES[recipe].of(shape.config)
+    planning = Planning(inventory, lambda spec: representations(spec, formats), budget, MACHINE, parse_pins(pins))
+    return Prover(make_plan(planning), inventory, formats)
 
 
 def check(plan: Plan, proofs: list[Proof]) -> None:
@@ -92,6 +93,14 @@ def test_all_layers_at_long_contexts(hub_id: str, context: int) -> None:
     check(proving.plan, [decode, prefill])
     check_transfers(proving.plan, decode, 1)
     check_transfers(proving.plan, prefill, chunk)
+
+
+def test_a_plan_with_experts_of_two_formats() -> None:
+    """R1's first three layers with experts have down at 8 bits, and so have experts on the GPU."""
+    proving = prover(R1, 24, 400, 4096, recipe="accurate")
+    assert proving.plan.gpu_experts() and proving.plan.representation(3, "routed_expert") == "accurate+q8"
+    chunk = proving.plan.prefill_chunk
+    check(proving.plan, [proving.run(1, 4095, FEW), proving.run(chunk, 4096 - chunk, FEW)])
 
 
 def test_operators_across_devices_are_refused() -> None:
