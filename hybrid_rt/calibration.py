@@ -25,7 +25,7 @@ from hybrid_rt.attention import MLA
 from hybrid_rt.cache import LatentCache
 from hybrid_rt.evaluate.windows import cut
 from hybrid_rt.gate import Gate
-from hybrid_rt.latent_attention import CachedAttention
+from hybrid_rt.latent_attention import CachedAttention, HeadMatrix
 from hybrid_rt.layers import MLP, Experts, Linear, RMSNorm
 from hybrid_rt.rope import Rope, softmax_scale
 from hybrid_rt.tokenizer import Tokenizer
@@ -126,7 +126,7 @@ class MeasuredAttention(CachedAttention):
         self.sums = sums
 
     def attend(
-        self, layer: int, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, wkv_b: torch.Tensor
+        self, layer: int, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, wkv_b: HeadMatrix
     ) -> torch.Tensor:
         self.sums.add(latent[:, : len(self.sums.squares)])
         return super().attend(layer, q_nope, q_pe, latent, wkv_b)
