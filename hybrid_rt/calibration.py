@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hybrid_rt.attention import MLA
+from hybrid_rt.attention import MLA, HeadMatrix
 from hybrid_rt.cache import LatentCache
 from hybrid_rt.evaluate.windows import cut
 from hybrid_rt.gate import Gate

@@ -16,7 +16,7 @@ from offload.experts import CpuExperts, Pending
 from offload.workspace import TOKENS_ON_DEVICE, device_experts_bytes
 from quant.gpu import ops as gpu_ops
 from quant.ops import moe_scratch_sizes
-from quant.packed import EXPERT_FORMATS, ExpertRecord
+from quant.packed import EXPERT_FORMATS, ExpertRecord, expert_record
 
 ELSEWHERE = -1  # the slot of an expert that the device does not have, and an id that the CPU's kernel skips
 
@@ -78,8 +78,7 @@ def _check(x: Tensor, ids: Tensor, slots: Tensor, records: Tensor, name: str, in
     """ValueError unless the tensors fit together."""
     if name not in EXPERT_FORMATS or records.ndim != 2 or records.dtype != torch.uint8 or not records.is_contiguous():
         raise ValueError(f"no kernel runs {records.dtype} records of format {name!r}")
-    gate_up, down = EXPERT_FORMATS[name]
-    record = ExpertRecord(gate_up, x.shape[1], inter_dim, down)
+    record = expert_record(name, x.shape[1], inter_dim)
     alike = ids.ndim == x.ndim == 2 and len(ids) == len(x) and slots.ndim == 1
     if records.shape[1] != record.nbytes or not alike or {x.device, ids.device, slots.device} != {records.device}:
         raise ValueError(f"x {tuple(x.shape)}, ids {tuple(ids.shape)} and records {tuple(records.shape)} do not fit")

@@ -155,3 +155,9 @@ class ExpertRecord:
         """Bytes of a record, filled up with zeros to whole pages of 4 KiB."""
         used = self.w2 + self.down_format.nbytes((self.dim, self.inter_dim))
         return ceil(used / RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+
+
+def expert_record(name: str, dim: int, inter_dim: int) -> ExpertRecord:
+    """The record of experts in one of EXPERT_FORMATS."""
+    gate_up, down = EXPERT_FORMATS[name]
+    return ExpertRecord(gate_up, dim, inter_dim, down)

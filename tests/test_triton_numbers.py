@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is missing; torch's wheels for CUDA
 
 from quant import fp8
 from quant.gpu import launch, ops, reference, shapes
-from quant.packed import PACKED_FORMATS, ExpertRecord
+from quant.packed import PACKED_FORMATS, expert_record
 from quant.packing import decode
 from tests import interpreted_triton  # noqa: F401  mends the interpreter
 from tests.test_packed_kernels import random_packed
@@ -202,23 +202,34 @@ def whole_attention(
 
 @pytest.mark.parametrize(
     ("name", "tokens", "dim", "inter"),
-    [("fast", 1, 160, 72), ("accurate", 1, 128, 144), ("accurate", 40, 72, 144), ("q8", 30, 136, 48)],
+    [
+        ("fast", 1, 160, 72),
+        ("accurate", 1, 128, 144),
+        ("accurate", 40, 72, 144),
+        ("q8", 30, 136, 48),
+        ("fast+q8", 5, 128, 80),
+    ],
 )
 def test_experts(name: str, tokens: int, dim: int, inter: int) -> None:
     """Some of a token's experts are elsewhere, some tokens have none here."""
     count, top_k = 4, 3
-    record = ExpertRecord(PACKED_FORMATS[name], dim, inter)
+    record = expert_record(name, dim, inter)
     rng = np.random.default_rng(5)
     records = torch.zeros(count, record.nbytes, dtype=torch.uint8)
     for row in records:
-        for first, shape in ((record.w1, (inter, dim)), (record.w3, (inter, dim)), (record.w2, (dim, inter))):
-            packed = random_packed(record.format, shape, rng)
+        up = (inter, dim)
+        for first, shape, fmt in (
+            (record.w1, up, record.format),
+            (record.w3, up, record.format),
+            (record.w2, (dim, inter), record.down_format),
+        ):
+            packed = random_packed(fmt, shape, rng)
             row[first : first + len(packed)] = torch.from_numpy(packed)
     records = records.to(DEVICE)
     x = activations(tokens, dim) / 64  # random codes are large
     weights = torch.rand(tokens, top_k).to(DEVICE)
     here = torch.from_numpy(rng.integers(-1, count, (tokens, top_k), dtype=np.int32)).to(DEVICE)
-    config, _ = shapes.expert_configs(here.numel(), count, name)
+    config, _ = shapes.expert_configs(here.numel(), count, record.format.name)
     blocks = ops.sort_pairs(here, count, config.m)
     hidden = torch.full((len(blocks[1]), inter), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     outputs = torch.full((tokens * top_k, dim), float("nan"), device=DEVICE)

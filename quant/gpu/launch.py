@@ -12,7 +12,7 @@ from quant.gpu.attention_kernels import absorb_kernel, decode_kernel, join_split
 from quant.gpu.expert_kernels import combine_kernel, down_kernel, hidden_kernel
 from quant.gpu.linear_kernels import linear_kernel, sum_splits_kernel
 from quant.gpu.shapes import Config
-from quant.packed import PACKED_FORMATS, ExpertRecord
+from quant.packed import PACKED_FORMATS, expert_record
 
 LOG2_E = math.log2(math.e)
 SUM_BLOCK = 1024
@@ -148,9 +148,9 @@ def experts(
 ) -> Tensor:
     """float32 [T, dim]. here: int32 [T, K], each pair's record or -1; block_experts, slots: ops.sort_pairs."""
     (tokens, top_k), dim = here.shape, x.shape[1]
-    record = ExpertRecord(PACKED_FORMATS[name], dim, inter)
+    record = expert_record(name, dim, inter)
     words = records.view(torch.int32)
-    config, down = shapes.expert_configs(here.numel(), len(records), name)
+    config, down = shapes.expert_configs(here.numel(), len(records), record.format.name)
     code, pairs = shapes.PACKED_CODES[record.format.name], tokens * top_k
     offsets = record.nbytes // 4, record.w3 // 4
     tile, count = (code, config.m, config.n), len(block_experts)
@@ -158,7 +158,7 @@ def experts(
     sizes = pairs, top_k, dim, inter
     hidden_kernel[grid](x, words, block_experts, slots, hidden, *sizes, *offsets, *tile, **_options(config))
     offsets, grid = (record.nbytes // 4, record.w2 // 4), (triton.cdiv(dim, down.n), count)
-    tile = code, down.m, down.n
+    tile = shapes.PACKED_CODES[record.down_format.name], down.m, down.n
     inputs = hidden, words, block_experts, slots, weights
     down_kernel[grid](*inputs, outputs, pairs, dim, inter, *offsets, *tile, **_options(down))
     out = torch.empty(tokens, dim, dtype=torch.float32, device=x.device)

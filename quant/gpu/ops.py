@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.formats import QuantTensor
 from quant.gpu import reference, shapes
-from quant.packed import PACKED_FORMATS, ExpertRecord
+from quant.packed import PACKED_FORMATS, ExpertRecord, expert_record
 
 WEIGHT = "Tensor data, Tensor? weight_scale, str format"
 _library = torch.library.Library("dsr1", "FRAGMENT")
@@ -114,7 +114,7 @@ def experts_here(x: Tensor, here: Tensor, weights: Tensor, records: Tensor, reco
     block_experts, pair_slots = sort_pairs(here, count, config.m)
     hidden = x.new_empty(len(pair_slots), record.inter_dim)
     outputs = x.new_empty(pairs, record.dim, dtype=torch.float32)
-    how = record.format.name, record.inter_dim
+    how = record.format_name, record.inter_dim
     inputs = x.contiguous(), weights.float().contiguous(), records, here, block_experts, pair_slots
     out: Tensor = torch.ops.dsr1.gpu_experts.default(*inputs, *how, hidden, outputs)
     return out
@@ -155,7 +155,7 @@ def _formulas() -> dict[str, Callable[..., Any]]:
         "decode": lambda *args: reference.decode(*args[:5]),
         "prefill": reference.prefill,
         "experts": lambda x, weights, records, here, blocks, slots, name, inter, *spaces: reference.experts(
-            x, weights, records, here, ExpertRecord(PACKED_FORMATS[name], x.shape[1], inter)
+            x, weights, records, here, expert_record(name, x.shape[1], inter)
         ),
     }
 

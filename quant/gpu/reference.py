@@ -154,12 +154,16 @@ def prefill(
 
 def experts(x: Tensor, weights_of_pairs: Tensor, records: Tensor, here: Tensor, record: ExpertRecord) -> Tensor:
     """float32 [T, dim]: the weighted sum over a token's experts. here: int32 [T, K], each pair's record or -1."""
-    fmt, dim, inter = record.format, record.dim, record.inter_dim
+    dim, inter = record.dim, record.inter_dim
     out = torch.zeros(x.shape[0], dim, dtype=torch.float32, device=x.device)
     for number, bytes_of in enumerate(records):
         w1, w3, w2 = (
             packed_weights(bytes_of[first : first + fmt.nbytes(shape)], fmt, shape)
-            for first, shape in ((record.w1, (inter, dim)), (record.w3, (inter, dim)), (record.w2, (dim, inter)))
+            for first, shape, fmt in (
+                (record.w1, (inter, dim), record.format),
+                (record.w3, (inter, dim), record.format),
+                (record.w2, (dim, inter), record.down_format),
+            )
         )
         share = (weights_of_pairs * (here == number)).sum(-1, keepdim=True)
         out += F.linear(F.silu(F.linear(x.float(), w1)) * F.linear(x.float(), w3), w2) * share
