@@ -25,7 +25,7 @@ from hybrid_rt.attention import MLA, HeadMatrix
 from hybrid_rt.cache import LatentCache
 from hybrid_rt.evaluate.windows import cut
 from hybrid_rt.gate import Gate
-from hybrid_rt.latent_attention import CachedAttention, HeadMatrix
+from hybrid_rt.latent_attention import CachedAttention
 from hybrid_rt.layers import MLP, Experts, Linear, RMSNorm
 from hybrid_rt.rope import Rope, softmax_scale
 from hybrid_rt.tokenizer import Tokenizer
