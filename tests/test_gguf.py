@@ -262,7 +262,7 @@ def test_a_store_s_codes_are_taken_over(
 
 
 def test_a_store_of_other_codes_is_decoded(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    convert(checkpoint, tmp_path / "store", "accurate")
+    convert(checkpoint, tmp_path / "store", "balanced")
     exported = export_gguf(open_source(tmp_path / "store"), tmp_path / "model.gguf", find_recipe("q4_k"))
     assert exported.taken == 256 * 128  # w2 of a shared expert, for which Q8_0 stands in as its rows are short
     written = tensors_of(gguf.GGUFReader(tmp_path / "model.gguf"))

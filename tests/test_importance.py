@@ -48,14 +48,16 @@ def spec(source: Checkpoint, name: str) -> TensorSpec:
 
 
 def seen_by(engine: Engine, modules: list[torch.nn.Module], windows: list[torch.Tensor]) -> list[list[Any]]:
-    """What each module gave, window by window."""
+    """What each module gave, chunk by chunk."""
     given: list[list[Any]] = [[] for _ in modules]
     handles = [
         module.register_forward_hook(lambda _m, args, output, kept=kept: kept.append((args, output)))
         for module, kept in zip(modules, given, strict=True)
     ]
     for window in windows:
-        engine.forward(window, engine.new_cache(len(window)), hooked=True)
+        cache = engine.new_cache(len(window))
+        for chunk in window.split(engine.prefill_chunk):
+            engine.forward(chunk, cache, hooked=True)
     for handle in handles:
         handle.remove()
     return given
