@@ -217,6 +217,15 @@ def test_what_r1_lacks_is_said_with_what_would_do() -> None:
     with pytest.raises(PlanError, match="--recipe fast"):
         plan_r1(24, 330, 32768)
     assert plan_r1(24, 330, 32768, recipe="fast").ram_bytes <= 330 * GIB
+    for recipe, ram, said in (
+        ("accurate", 346, "balanced (4.5 "),
+        ("accurate", 330, "fast (4.25 "),
+        ("q8", 346, "balanced"),
+    ):
+        with pytest.raises(PlanError, match=re.escape(f"--recipe {said}")):
+            plan_r1(24, ram, 32768, recipe=recipe)
+    with pytest.raises(PlanError, match="^(?!.*--recipe)"):
+        plan_r1(24, 300, 32768, recipe="fast")
 
 
 @pytest.mark.parametrize("gpu", [11, 16])
