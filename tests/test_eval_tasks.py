@@ -75,6 +75,13 @@ def test_a_batch_answers_as_one_at_a_time() -> None:
         assert answers[task].tokens == sum(lengths) / 2
 
 
+def test_a_chunk_shorter_than_a_batch_makes_smaller_batches() -> None:
+    engine = Engine.load("nano-r1", threads=1, pins=["chunk=1"])
+    told: list[int] = []
+    answers = answer_all(engine, {"add": held_out_problems(2)["add"][:2]}, lambda done, total: told.append(done))
+    assert told == [0, 1, 2] and len(answers["add"].solved) == 2
+
+
 def test_scores_of_all_tasks_together() -> None:
     model = {"add": Answers((True, True, False), 10.0), "count": Answers((True,), 2.0)}
     reference = {"add": Answers((True, False, False), 10.0), "count": Answers((True,), 2.0)}

@@ -64,7 +64,7 @@ def seen_by(engine: Engine, modules: list[torch.nn.Module], windows: list[torch.
 
 
 def test_mean_squares_are_those_of_a_plain_forward_pass(source: Checkpoint) -> None:
-    engine = Engine.load(source.folder, dtype="float32", threads=1)
+    engine = Engine.load(source.folder, dtype="float32", threads=1, pins=["chunk=512"])
     windows = cut(engine.tokenizer.encode(TEXT), engine.tokenizer.bos_id, min(512, source.config.max_seq_len))
     block = engine.transformer.layers[LAYER]
     norms, gates, wo = seen_by(engine, [block.ffn_norm, block.ffn.gate, block.attn.wo], windows)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from cli.plan import plan
 from cli.report import show_report
+from offload.wishes import Wishes
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.kernels import set_threads
@@ -62,7 +63,7 @@ def test_components_add_up(made: Path) -> None:
 
 
 def test_it_is_shown_after_a_conversion_and_with_a_plan(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan(str(made / "store"), device="cpu", ram="1G", context=64)
+    plan(str(made / "store"), Wishes(device="cpu", ram="1G", context=64))
     out = capsys.readouterr().out
     assert "experts gate_up" in out and "bits a weight" in out and "Most is lost of layers." in out
     show_report(made / "source", Console())

@@ -39,11 +39,12 @@ class TaskScore:
 def answer_all(engine: Engine, problems: Mapping[str, Sequence[Problem]], report: Report) -> dict[str, Answers]:
     """Answer the problems of all tasks. report: is told of problems that are done, and of how many."""
     total, done, answers = sum(map(len, problems.values())), 0, {}
+    rows = min(ROWS, engine.prefill_chunk)  # the last token of each goes through the experts together
     for task, some in problems.items():
         parts = []
-        for first in range(0, len(some), ROWS):
+        for first in range(0, len(some), rows):
             report(done + first, total)
-            parts += _answer(engine, some[first : first + ROWS])
+            parts += _answer(engine, some[first : first + rows])
         done += len(some)
         solved = tuple(problem.solved_by(said) for problem, (said, _) in zip(some, parts, strict=True))
         answers[task] = Answers(solved, sum(tokens for _, tokens in parts) / len(parts))
