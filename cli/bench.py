@@ -14,7 +14,7 @@ from cli.escape import say
 from cli.options import RunOptions
 from cli.run import load_engine
 from hybrid_rt.engine import Engine, use_threads
-from hybrid_rt.models import DEFAULT_MODEL, NANO_R1
+from hybrid_rt.models import DEFAULT_MODEL, NANO_R1, resolve_model
 from hybrid_rt.moe import MoE
 from offload.benchmark.layer import ENOUGH_BYTES, BenchLayers, choose_extent
 from offload.benchmark.limits import expert_ranges, fastest_read
@@ -250,6 +250,7 @@ class EngineFigures:
 
 def bench_engine(options: RunOptions, as_json: bool) -> None:
     """Load a model, measure it and print the figures."""
+    resolve_model(options.model, None, [])  # what is not there is told before the machine is measured
     machine = known_machine(options.threads)
     before = anonymous_bytes()
     engine = load_engine(options)

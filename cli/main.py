@@ -136,7 +136,8 @@ def _refuse_store_options(to: str, given: dict[str, object]) -> None:
     """Raise UsageError for options that an export would do nothing with."""
     unused = [name for name, value in given.items() if value]
     if unused:
-        raise UsageError(f"{' and '.join(unused)} would be without effect with --to {to}; leave that out, or the --to")
+        named = " and ".join(unused)
+        raise UsageError(f"{named} would be without effect with --to {to}; leave that out, or write a store")
 
 
 @app.command()

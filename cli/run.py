@@ -20,7 +20,9 @@ from hybrid_rt.generation import Completion, collect
 from hybrid_rt.latent_store import BLOCK, LatentStore
 from hybrid_rt.sampling import Sampling
 from hybrid_rt.session import Session
+from offload.costs import Costs
 from offload.sizes import format_size, parse_size
+from offload.this_machine import measured_machine
 from quant.errors import Dsr1Error
 
 
@@ -68,7 +70,15 @@ def started(engine: Engine, model: str) -> str:
     sums = [f"RAM {format_size(plan.ram_bytes)} of {format_size(plan.ram_budget)}"]
     if plan.on_gpu:
         sums.insert(0, f"GPU {format_size(plan.gpu_bytes)} of {format_size(plan.gpu_budget)}")
-    return f"{model} on {plan.device}: {', '.join(sums)}, context {engine.context:,} tokens"
+    return f"{model} on {plan.device}: {', '.join(sums)}, context {engine.context:,} tokens{_predicted(engine)}"
+
+
+def _predicted(engine: Engine) -> str:
+    """How fast decoding will be, where the machine was measured (`dsr1 bench`, `dsr1 doctor --measure`)."""
+    machine = measured_machine()
+    if machine is None or (engine.plan.on_gpu and machine.gpu is None):
+        return ""
+    return f", {Costs(engine.config, machine).predict(engine.plan).decode_tok_s:,.1f} tokens/s predicted"
 
 
 def load_engine(options: RunOptions) -> Engine:

@@ -4,7 +4,8 @@ Every figure about the machine comes from its description (offload/machine.py), 
 
     a matrix on the CPU   its blocks of 16 x 128 weights, each as long as one from memory takes for so many tokens,
                           shared out over the cores
-    experts on the CPU    the same for each that is touched: E (1 - (1 - K/E)^T) of E, for T tokens of K experts each
+    experts on the CPU    the same for each that is touched: E (1 - (1 - K/E)^T) of E, for T tokens of K experts each;
+                          gate and up, and down, by the blocks of their own formats
     attention on the CPU  multiplications of the form that runs, by their time; small steps: calls, and values moved
     on a GPU              the larger of bytes by its bandwidth and operations by its rate, at the shares below
     a layer with both     the CPU's experts beside the GPU's shared expert and its own experts: the longer one counts

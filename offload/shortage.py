@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
+from offload.parts import Available, expert_forms
 from offload.plan import Plan
 from offload.sizes import format_size
 from quant.packed import EXPERT_FORMATS
@@ -83,19 +84,22 @@ class Shortages:
         return low * CONTEXT_STEP
 
     def _store(self) -> Iterator[str]:
-        """Another store of the same model."""
-        default = RECIPES[DEFAULT_RECIPE].experts.gate_up.name
-        spec = self.planning.inventory.by_component["routed_expert"][0]
-        now = self.planning.available(spec)[0]
-        if now not in EXPERT_FORMATS:
+        """A smaller store of the same model, the most exact one of those that ship."""
+        now = expert_forms(self.planning.inventory, self.planning.available)
+        if any(form.representation not in EXPERT_FORMATS for form in now):
             if self._fits(recipe=DEFAULT_RECIPE):
                 yield "the 4-bit store that `dsr1 quantize` makes of the published checkpoint fits"
-        elif now != "fast" and self._fits(recipe="fast"):
-            yield (
-                "--recipe fast (4.25 bits a weight) fits, with more error"
-                if now == default
-                else ("a store of recipe fast fits")
-            )
+            return
+        for recipe in (DEFAULT_RECIPE, "fast"):
+            smaller = expert_forms(self.planning.inventory, self._store_of(recipe))
+            if sum(form.nbytes for form in smaller) < sum(form.nbytes for form in now) and self._fits(recipe=recipe):
+                bits = RECIPES[recipe].experts.gate_up.bits_per_weight
+                yield f"a store made with --recipe {recipe} ({bits:g} bits a weight) fits, with more error"
+                return
+
+    def _store_of(self, recipe: str) -> Available:
+        formats = RECIPES[recipe].of(self.planning.config)
+        return lambda spec: representations(spec, formats)
 
     def _fits(self, context: int | None = None, recipe: str | None = None) -> bool:
         planning, budget = self.planning, self.planning.budget
@@ -103,8 +107,7 @@ class Shortages:
             budget = replace(budget, context=context)
         if recipe is None:
             return self.find_plan(replace(planning, budget=budget))[0] is not None
-        formats = RECIPES[recipe].of(planning.config)
-        other = replace(planning, budget=budget, available=lambda spec: representations(spec, formats))
+        other = replace(planning, budget=budget, available=self._store_of(recipe))
         return self.find_plan(other)[0] is not None
 
 

@@ -1,12 +1,15 @@
 """`dsr1 run`: prompts that begin alike start from the cache on disk; thinking that must not end early; budgets."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cli.eval_budgets import parse_budgets, plot_budgets, tell_budgets
+from cli.run import started
 from hybrid_rt.engine import Engine
 from hybrid_rt.evaluate.budgets import measure_budgets
 from hybrid_rt.evaluate.questions import NumberQuestion, read_questions
@@ -14,6 +17,8 @@ from hybrid_rt.generation import AnswerText, TokenSource
 from hybrid_rt.sampling import Sampling, SamplingError
 from hybrid_rt.session import Session
 from hybrid_rt.thinking import WAIT
+from offload.machine import load_machine
+from offload.this_machine import TYPICAL
 from quant.errors import Dsr1Error, UsageError
 from tests.test_cli import dsr1
 
@@ -171,3 +176,18 @@ def test_lists_of_budgets() -> None:
     for wrong in ("", "a", "1,-2", "1,,2"):
         with pytest.raises(UsageError, match="is not a list"):
             parse_budgets(wrong)
+
+
+def test_the_line_at_the_start_predicts_where_the_machine_was_measured(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine.load(chat_folder, dtype="float32", threads=1)
+    monkeypatch.setattr("cli.run.measured_machine", lambda: None)
+    assert re.fullmatch(r"tiny on cpu: RAM [\d.]+ \w+ of [\d.]+ GiB, context [\d,]+ tokens", started(engine, "tiny"))
+    machine = load_machine(TYPICAL)
+    monkeypatch.setattr("cli.run.measured_machine", lambda: machine)
+    faster = replace(machine, read_bytes_s=4 * machine.read_bytes_s)
+    assert (found := re.search(r"tokens, ([\d,.]+) tokens/s predicted$", started(engine, "tiny")))
+    monkeypatch.setattr("cli.run.measured_machine", lambda: faster)
+    again = re.search(r"tokens, ([\d,.]+) tokens/s predicted$", started(engine, "tiny"))
+    assert again and float(again[1].replace(",", "")) >= float(found[1].replace(",", ""))

@@ -128,7 +128,7 @@ def test_24_gib_and_128k_by_hand() -> None:
 
 def test_16_gib_and_8k_by_hand() -> None:
     """At 8 bits 15.85 GiB + 1.00 do not fit. Dense layers and shared experts at 4.5 bits give back 1.63 GiB: 15.22
-    with the reserves, and 0.31 for a cache in 8 bits; 0.47 are left for the workspace, enough for 256 tokens."""
+    with the reserves, and 0.31 for a cache in 8 bits; 0.47 are left for the workspace, enough for 1024 tokens."""
     plan = plan_r1(16, 384, 8192)
     assert formats(plan) == {
         "dense": "accurate",
@@ -140,7 +140,7 @@ def test_16_gib_and_8k_by_hand() -> None:
     by_hand = q8_gib(ATTENTION + KV_B + HEAD) + four_bit_gib(DENSE + SHARED) + ALWAYS
     assert gpu_without_experts(plan) == pytest.approx(by_hand, abs=0.02) and by_hand == pytest.approx(14.22, abs=0.03)
     assert plan.cache_format == "int8" and plan.cache_bytes / GIB == pytest.approx(0.305, abs=0.001)
-    assert 128 <= plan.prefill_chunk <= 256
+    assert plan.prefill_chunk == 1024 and plan.workspace_bytes / GIB < 0.47
 
 
 def test_12_gib_and_4k_by_hand() -> None:
@@ -186,7 +186,7 @@ def test_80_gib_of_gpu_by_hand() -> None:
 def test_workspace_and_ram_of_r1() -> None:
     plan = plan_r1(24, 384, 32768, "chunk=512")
     assert plan.prefill_chunk == 512
-    assert 0.4 < plan.workspace_bytes / GIB < 0.8
+    assert 0.2 < plan.workspace_bytes / GIB < 0.25
     everything = plan_r1(24, 384, 32768, "chunk=512", "experts=mapped")
     assert 353 < everything.ram_bytes / GIB < 354  # 342.6 experts, 1.7 embedding, 8.8 MTP layer, buffers
     assert everything.gpu_experts() == 0
@@ -217,6 +217,15 @@ def test_what_r1_lacks_is_said_with_what_would_do() -> None:
     with pytest.raises(PlanError, match="--recipe fast"):
         plan_r1(24, 330, 32768)
     assert plan_r1(24, 330, 32768, recipe="fast").ram_bytes <= 330 * GIB
+    for recipe, ram, said in (
+        ("accurate", 346, "balanced (4.5 "),
+        ("accurate", 330, "fast (4.25 "),
+        ("q8", 346, "balanced"),
+    ):
+        with pytest.raises(PlanError, match=re.escape(f"--recipe {said}")):
+            plan_r1(24, ram, 32768, recipe=recipe)
+    with pytest.raises(PlanError, match="^(?!.*--recipe)"):
+        plan_r1(24, 300, 32768, recipe="fast")
 
 
 @pytest.mark.parametrize("gpu", [11, 16])

@@ -175,6 +175,8 @@ def _on_cuda(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fake_linear(x: Tensor, data: Tensor, scale: Tensor | None, name: str, n: int, k: int, partial: Tensor) -> Tensor:
     _check_device(x, data, scale, partial)
+    if x.shape[1] != k:
+        raise ValueError(f"x of {tuple(x.shape)} cannot be multiplied by a weight of {(n, k)}")
     _check_weight(data, scale, name, (n, k))
     return x.new_empty(x.shape[0], n)
 
@@ -211,7 +213,9 @@ def _fake_experts(x: Tensor, weights: Tensor, records: Tensor, here: Tensor, *re
 def _check_device(*tensors: Tensor | None) -> None:
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
-        raise ValueError(f"tensors of one operator are on {' and '.join(sorted(map(str, devices)))}")
+        raise ValueError(
+            f"tensors of one operator are on {' and '.join(sorted(map(str, devices)))}; both must be on one device"
+        )
 
 
 def _check_weight(data: Tensor, scale: Tensor | None, name: str, shape: tuple[int, int]) -> None:

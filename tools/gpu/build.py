@@ -29,7 +29,7 @@ SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 
 NATIVE_FP8_FROM = 89
 PRODUCT = re.compile(r"\bmma\.sync|\bwgmma\.mma_async")
 COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global [^;]*, 0x(\w+),")  # hexadecimal bytes, to shared memory
-WIDE_SHARE = 0.85  # of the copied bytes that must go 16 at a time; what is left are headers of blocks
+WIDE_SHARE = 0.8  # of the copied bytes that must go 16 at a time; what is left are headers of blocks and scales of rows
 
 
 @dataclass(frozen=True)
