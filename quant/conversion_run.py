@@ -113,7 +113,7 @@ class ConversionRun:
         total = sum(source_bytes(of_shard, self.source) for of_shard in pieces.values())
         missing = {path: list(filter(None, map(self._rest, of_shard))) for path, of_shard in pieces.items()}
         left = sum(source_bytes(todo, self.source) for todo in missing.values())
-        self._now = Progress("", total - left, total)
+        self._tell(Progress("", total - left, total))  # also where nothing is missing
         return {path: todo for path, todo in missing.items() if todo}
 
     def _recover(self, file: StoreFile) -> None:
