@@ -95,6 +95,8 @@ class ConversionRun:
         for name in self.files:
             self._follow(name)  # an earlier run may have written all of it
         self.shards.begin(list(missing))
+        if not missing:
+            self._tell(self._now)
         for path, todo in missing.items():
             shard = _Shard(path, self._open(path), len(todo))
             for piece in todo:
@@ -113,7 +115,7 @@ class ConversionRun:
         total = sum(source_bytes(of_shard, self.source) for of_shard in pieces.values())
         missing = {path: list(filter(None, map(self._rest, of_shard))) for path, of_shard in pieces.items()}
         left = sum(source_bytes(todo, self.source) for todo in missing.values())
-        self._tell(Progress("", total - left, total))  # also where nothing is missing
+        self._now = Progress("", total - left, total)
         return {path: todo for path, todo in missing.items() if todo}
 
     def _recover(self, file: StoreFile) -> None:
