@@ -74,10 +74,10 @@ def tell_budgets(model: str, points: list[BudgetPoint], as_json: bool) -> None:
 
 def check_plot(path: Path) -> None:
     """Raise UsageError where a plot cannot be drawn."""
-    if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib; install it with `pip install 'dsr1[plot]'`")
     if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir():
         raise UsageError(f"{path} is no file for a plot; give a name that ends in .svg, .png or .pdf, in a folder")
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; install it with `pip install 'dsr1[plot]'`")
 
 
 def plot_budgets(model: str, points: list[BudgetPoint], path: Path) -> None:
