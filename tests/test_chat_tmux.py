@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(MISSING, reason="tmux is not installed; apt-get 
 SIZES = [(80, 24), (200, 50)]
 CHAT = ["-c", "from cli.main import main; main()", "chat", "nano-r1"]
 PROMPT = r"^>>> ?$"
-DONE = r"context [\d,]+ of 4,096"  # the line of figures behind an answer
+IDLE = r"^>>> ?\s+nano-r1 · context"  # an empty line to type in, and the line below it
+DONE = r"^[\d,]+ tokens?, [\d.,]+/s · "  # the line of figures behind an answer
 HOSTILE = "\x1b[31mred\x1b[0m\x07 [bold]x[/bold] \x9b2J\r\x08 " + "很长" * 40 + "\n"
 
 
@@ -164,7 +165,8 @@ def test_lines_that_are_edited(user: User) -> None:
     chat.wait_for("= 1692")
     chat.press("M-Enter")
     chat.type("12 + 30?")
-    chat.wait_for(DONE, 2)
+    chat.wait_for("= 42")
+    chat.wait_for(IDLE, history=False)
     chat.paste("x" * 1500 + "\n" + "y" * 1500)
     chat.wait_for(r"\[paste 1: 2 lines, 3,001 characters\]")
     chat.press("C-c")
