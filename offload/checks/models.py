@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from offload.checks.check import Check
 from offload.parts import Available, Budget
+from offload.pins import parse_pins
 from offload.plan import Plan, PlanError
 from offload.planner import Planning, choose_context, make_plan
 from offload.sizes import format_size
@@ -15,6 +16,7 @@ from quant.store_formats import representations
 
 MODELS = ("deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-V2-Lite", "moonshotai/Moonlight-16B-A3B")
 NO_LIMIT = 2**62
+LEAST = ("cache=int8", "chunk=128")  # what a plan comes down to where RAM is short
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ def _fit(hub_id: str, usable: int) -> Fit | None:
         plan = _plan(inventory, lambda spec: representations(spec, formats), usable)
         return Fit(name, plan.ram_bytes, True)
     except PlanError:
-        smallest = _plan(inventory, lambda spec: representations(spec, formats)[-1:], NO_LIMIT)
+        smallest = _plan(inventory, lambda spec: representations(spec, formats)[-1:], NO_LIMIT, LEAST)
         return Fit(name, smallest.ram_bytes, False)
 
 
-def _plan(inventory: Inventory, available: Available, ram: int) -> Plan:
+def _plan(inventory: Inventory, available: Available, ram: int, pins: tuple[str, ...] = ()) -> Plan:
     context = choose_context(None, inventory.config.max_seq_len, [])
-    return make_plan(Planning(inventory, available, Budget("cpu", 0, ram, context), machine_for(None)))
+    budget = Budget("cpu", 0, ram, context)
+    return make_plan(Planning(inventory, available, budget, machine_for(None), parse_pins(pins)))
