@@ -97,14 +97,19 @@ class Moe:
 
 
 def squares_of_terms(layer: Moe, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> float:
-    """Squares of what a layer's outputs are sums of: of each expert's hidden values times its last matrix."""
+    """Squares of what a layer's outputs are sums of: of each expert's hidden values times its last matrix.
+
+    Hidden values, too, are products of sums whose terms may happen to cancel.
+    """
     total = 0.0
     for number, matrices in enumerate(layer.weights):
         w1, w2, w3 = values_of(matrices[0]), values_of(matrices[2]), values_of(matrices[1])
         tokens, slots = np.nonzero(ids.numpy() == number)
         rows = x.numpy()[tokens].astype(np.float64)
         with np.errstate(over="ignore"):
-            hidden = rows @ w1.T / (1 + np.exp(-rows @ w1.T)) * (rows @ w3.T)
+            gate, up = rows @ w1.T, rows @ w3.T
+            gates, ups = (np.maximum(abs(sums), (rows**2 @ (w**2).T) ** 0.5) for sums, w in ((gate, w1), (up, w3)))
+            hidden = gates / (1 + np.exp(-gate)) * ups
         total += float((weights.numpy()[tokens, slots, None] ** 2 * (hidden**2 @ (w2**2).T)).sum())
     return total
 
