@@ -69,6 +69,7 @@ class RandomConversation:
         self.reused += known
         fresh = self.engine.session()
         theirs = fresh.prefill(prompt)[1]
+        assert theirs.isfinite().all() and mine.isfinite().all()
         self.worst = max(self.worst, float((mine - theirs).abs().max() / theirs.abs().max()))
         greedy = Sampling(temperature=0, max_new_tokens=NEW_TOKENS)
         answer = collect(session.generate(prompt, greedy)).token_ids
