@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quant.formats import QuantTensor
 from quant.gpu import reference, shapes
+from quant.latents import row_bytes, unpack_latents
 from quant.packed import PACKED_FORMATS, ExpertRecord, expert_record
 
 WEIGHT = "Tensor data, Tensor? weight_scale, str format"
@@ -230,7 +231,7 @@ def _check_weight(data: Tensor, scale: Tensor | None, name: str, shape: tuple[in
 
 
 def _check_cache(cached: Tensor, lora: int, rope: int) -> None:
-    width = lora + 4 * -(-lora // reference.LATENT_GROUP) + 2 * rope if cached.dtype == torch.uint8 else lora + rope
+    width = row_bytes(lora, rope) if cached.dtype == torch.uint8 else lora + rope
     if cached.ndim != 2 or cached.shape[1] != width or not cached.is_contiguous():
         raise ValueError(
             f"a cache of {lora} latents and {rope} rope values is not {cached.dtype} {tuple(cached.shape)}"
@@ -239,8 +240,8 @@ def _check_cache(cached: Tensor, lora: int, rope: int) -> None:
 
 def _latents(cached: Tensor, lora: int) -> Tensor:
     """[N, lora] of cache rows, contiguous; of an 8-bit cache as bfloat16."""
-    latents = reference.cache_latents(cached, lora)
-    return latents.to(torch.bfloat16) if cached.dtype == torch.uint8 else latents.contiguous()
+    rows = unpack_latents(cached, lora, torch.bfloat16) if cached.dtype == torch.uint8 else cached
+    return rows.narrow(1, 0, lora).contiguous()
 
 
 def _fake_latents(cached: Tensor, lora: int) -> Tensor:

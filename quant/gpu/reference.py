@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.latents import unpack_latents
 from quant.packed import (
     BLOCK_K,
     INTEGER_STEP,
@@ -21,7 +22,6 @@ from quant.packed import (
 )
 
 FP8_SIDE = 128
-LATENT_GROUP = 128  # latents of an 8-bit cache that share a scale
 
 
 def weights(data: Tensor, scale: Tensor | None, name: str, shape: tuple[int, int]) -> Tensor:
@@ -88,22 +88,9 @@ def project(latents: Tensor, data: Tensor, scale: Tensor | None, name: str, nope
     return torch.einsum("thc,hvc->thv", latents.float(), wkv_b[:, nope:]).to(latents.dtype)
 
 
-def cache_latents(cached: Tensor, lora: int) -> Tensor:
-    """[N, lora] of cache rows: floats, or bytes (lora int8, a float32 for each 128 of them, bf16), then float32."""
-    if cached.dtype != torch.uint8:
-        return cached.narrow(1, 0, lora)
-    groups = -(-lora // LATENT_GROUP)
-    factors = cached.narrow(1, lora, 4 * groups).contiguous().view(torch.float32)
-    codes = cached.narrow(1, 0, lora).contiguous().view(torch.int8).float()
-    return (codes.unflatten(1, (groups, -1)) * factors.unsqueeze(-1)).flatten(1)
-
-
 def cache_rows(cached: Tensor, lora: int) -> Tensor:
-    """float32 [N, lora + rope] of cache rows."""
-    ropes = cached.narrow(1, lora, cached.shape[1] - lora)
-    if cached.dtype == torch.uint8:
-        ropes = cached[:, lora + 4 * -(-lora // LATENT_GROUP) :].contiguous().view(torch.bfloat16)
-    return torch.cat([cache_latents(cached, lora).float(), ropes.float()], dim=1)
+    """float32 [N, lora + rope] of cache rows: floats, or bytes (quant/latents.py)."""
+    return unpack_latents(cached, lora, torch.float32) if cached.dtype == torch.uint8 else cached.float()
 
 
 def decode(q_latent: Tensor, q_pe: Tensor, cached: Tensor, seen: Tensor, scale: float) -> Tensor:
