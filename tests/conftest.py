@@ -38,8 +38,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """torch with one thread, which is several times faster for matrices as small as those of tests."""
-    import torch  # not above: light tests do without
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
