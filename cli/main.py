@@ -228,10 +228,13 @@ def evaluate(
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="Reference to compare with.")] = None,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="Text to predict, UTF-8.")] = None,
     reference: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Compare with what --save-reference wrote, on its text.")
+        Path | None, typer.Option(metavar="FILE", help="Compare with what --save-reference wrote.")
     ] = None,
     save_reference: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the 64 likeliest tokens of each prediction there.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the likeliest tokens of each prediction, or which problems were solved."
+        ),
     ] = None,
     tasks: Annotated[bool, typer.Option("--tasks", help="Solve nano-r1's held-out problems instead.")] = False,
     problems: Annotated[int, typer.Option(metavar="N", min=2, help="Problems of each task.")] = 1000,
