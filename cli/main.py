@@ -116,16 +116,14 @@ def quantize(
         return
     if dst is None:
         raise typer.BadParameter("give the folder of the store after the checkpoint")
+    from cli.quantize import HubOptions
+
     if to != "store":
-        _refuse_store_options(
-            to,
-            {"--calibrate": calibrate, "--imatrix": imatrix, "--revision": revision, "--keep-source": keep_source},
-        )
+        _refuse_store_options(to, {"--calibrate": calibrate, "--imatrix": imatrix})
         from cli.export import export
 
-        export(src, dst, to, recipe, jobs, json)
+        export(src, dst, to, recipe, jobs, json, HubOptions(revision, keep_source))
         return
-    from cli.quantize import HubOptions
     from cli.quantize import quantize as convert
     from quant.recipes import DEFAULT_RECIPE
 
