@@ -105,6 +105,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / MODEL / "tokenizer.json").write_text("{}")
     (folder / MODEL / "README.md").write_text("not taken")
     write_checkpoint(folder / "some/single", SMALL, shards=1)
+    write_checkpoint(folder / "some/wide", SMALL | {"hidden_size": 64, "moe_intermediate_size": 64})
     (folder / "some/nothing").mkdir()
     (folder / "some/nothing/config.json").write_text("{}")
     return folder
@@ -167,8 +168,8 @@ def test_straight_from_the_hub(hub: HubServer, client: Client, whole: dict[str, 
 
 
 def test_an_export_straight_from_the_hub(hub: HubServer, client: Client, root: Path, tmp_path: Path) -> None:
-    export_checkpoint(Checkpoint.open(root / MODEL), tmp_path / "from folder", find_recipe("experts"))
-    answer = client.quantize(tmp_path / "packed", to="compressed-tensors")
+    export_checkpoint(Checkpoint.open(root / "some/wide"), tmp_path / "from folder", find_recipe("experts"))
+    answer = client.quantize(tmp_path / "packed", "some/wide", to="compressed-tensors")
     assert "error" not in answer, answer
     assert tree(tmp_path / "packed") == tree(tmp_path / "from folder")  # nothing of the download is left
     assert [downloads(hub, shard) for shard in SHARDS] == [1, 1, 1]

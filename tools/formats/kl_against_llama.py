@@ -1,6 +1,6 @@
 """What 4.5 bits a weight of nano-r1's routed experts cost, in our formats and in llama.cpp's Q4_K.
 
-python -m tools.formats.kl_against_llama [--problems 500] [--orders 4] [--envs DIR] [--keep FILE]
+python -m tools.formats.kl_against_llama [--problems 300] [--orders 3] [--formats accurate,Q4_K] [--envs DIR]
 
 Each expert's matrices are put into rows of 256, which Q4_K needs, so that all formats take exactly their bits a weight.
 They are quantised, decoded and written into a bf16 checkpoint like any other, which is compared with one that holds the
@@ -77,7 +77,7 @@ def compare(ways: dict[str, Way], orders: int, problems: int, threads: int) -> t
 
 def over_orders(found: Found, ways: dict[str, Way]) -> Found:
     """Of each way the mean over its orders, token by token."""
-    of_way = {label: [scores for name, scores in found.items() if name.startswith(label)] for label in ways}
+    of_way = {label: [scores for name, scores in found.items() if name.startswith(f"{label},")] for label in ways}
     return {
         label: TokenScores(*(torch.stack(column).mean(0) for column in zip(*scores, strict=True)))
         for label, scores in of_way.items()
@@ -88,17 +88,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", type=Path)
     parser.add_argument("--problems", type=int, default=50, help="of each task")
-    parser.add_argument("--orders", type=int, default=4)
+    parser.add_argument("--orders", type=int, default=3)
+    parser.add_argument("--formats", default="accurate,Q4_K,fast,Q4_0", help="the others are compared with the first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", type=Path, metavar="FILE", help="the scores of all tokens")
     told = parser.parse_args()
     ggml = Ggml(told.envs)
     ways: dict[str, Way] = {
-        "accurate, 4.5 bits": lambda rows: ours(rows, ACCURATE),
-        "Q4_K, 4.5 bits": lambda rows: ggml.quantised(rows, "Q4_K"),
-        "fast, 4.25 bits": lambda rows: ours(rows, FAST),
-        "Q4_0, 4.5 bits": lambda rows: ggml.quantised(rows, "Q4_0"),
+        "accurate": lambda rows: ours(rows, ACCURATE),
+        "Q4_K": lambda rows: ggml.quantised(rows, "Q4_K"),
+        "fast": lambda rows: ours(rows, FAST),
+        "Q4_0": lambda rows: ggml.quantised(rows, "Q4_0"),
     }
+    ways = {name: ways[name] for name in told.formats.split(",")}
     found, sizes = compare(ways, told.orders, told.problems, told.threads)
     if told.keep is not None:
         keep(told.keep, found, sizes)
