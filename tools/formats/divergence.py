@@ -104,6 +104,12 @@ def ratio(kl: torch.Tensor, other: torch.Tensor, sizes: list[int]) -> Estimate:
     return Estimate(exp(logs.value), exp(logs.low), exp(logs.high))
 
 
+def millionths(figure: Estimate) -> str:
+    """Two cells of a table."""
+    value, low, high = (1e6 * number for number in (figure.value, figure.low, figure.high))
+    return f"{value:.1f} | {low:.1f} to {high:.1f}"
+
+
 def keep(path: Path, found: Found, sizes: list[int]) -> None:
     """Write the scores of all tokens, as torch saves tensors, for other questions."""
     torch.save({"sizes": sizes, "scores": {label: tuple(scores) for label, scores in found.items()}}, path)
