@@ -3,7 +3,8 @@
 python -m benchmarks.blocks [--envs DIR]
 
 Tensors are Gaussian, Student-t with 4 degrees of freedom, and nano-r1's matrices whose rows are multiples of 256.
-An error is Σ (decoded - weight)² / Σ weight², decoded by the gguf package. Speed is of float32 weights in memory.
+An error is Σ (decoded - weight)² / Σ weight², decoded by the gguf package. Speed is of float32 weights in memory; then
+of FP8, decoding included, in which a million weights are a MB, as an export's workers take it.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,18 @@ from numpy.typing import NDArray
 from benchmarks.environments import LLAMA, default_folder, environment
 from hybrid_rt.models import NANO_R1
 from quant.checkpoint import Checkpoint
+from quant.config import ModelConfig
 from quant.errors import Dsr1Error
-from quant.export.block_types import ENCODED, BlockType
+from quant.export.block_types import ENCODED, INT4_32, Q4_0, Q4_K, Q8_0, BlockType
 from quant.export.blocks import encode_blocks
+from quant.export.encoder import BlockEncoder
+from quant.export.targets import PartTarget
+from quant.formats import FP8_BLOCK, QuantTensor
+from quant.inventory import Inventory
 from quant.kernels import set_threads
+from quant.pieces import Piece, cuts
+from quant.shapes import known_shape
+from quant.tensor_rows import Scratch
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -90,6 +100,33 @@ def speed(encode: Encode, values: Floats, kind: BlockType) -> float:
     return values.size / min(seconds) / 1e6
 
 
+def fp8_piece() -> tuple[Piece, QuantTensor]:
+    """Rows of an expert's gate in R1's shape, without a target yet."""
+    spec = next(spec for spec in Inventory.of(r1_config()).tensors if spec.name == "layers.3.ffn.experts.0.w1")
+    first, shape = next(iter(cuts(spec.shape)))
+    data = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    scale = torch.full(FP8_BLOCK.scale_shape(shape) or (), SPREAD)
+    return Piece(spec, first, shape, ()), QuantTensor(FP8_BLOCK, shape, data, scale)
+
+
+def r1_config() -> ModelConfig:
+    shape = known_shape("deepseek-ai/DeepSeek-R1")
+    assert shape is not None
+    return shape.config
+
+
+def fp8_speed(kind: BlockType) -> float:
+    """MB/s of FP8 with one thread, the best of some runs."""
+    (piece, rows), encoder, scratch = fp8_piece(), BlockEncoder(r1_config()), Scratch()
+    piece = replace(piece, targets=(PartTarget(kind.name, "file", 0, kind.nbytes(piece.shape), kind, "whole"),))
+    seconds = []
+    for _ in range(2 * RUNS):
+        begin = time.perf_counter()
+        encoder.encode(piece, rows, None, scratch)
+        seconds.append(time.perf_counter() - begin)
+    return rows.data.numel() / min(seconds) / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", type=Path, default=default_folder())
@@ -104,6 +141,8 @@ def main() -> None:
                 f"{speeds[0]:.0f} / {speeds[1]:.0f} M weights/s",
                 flush=True,
             )
+    for kind in (Q4_K, Q4_0, Q8_0, INT4_32):
+        print(f"{kind.name} from FP8: {fp8_speed(kind):.0f} MB/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +24,11 @@ from hybrid_rt.evaluate.evaluation import (
     evaluate_saved,
     ignore,
 )
-from hybrid_rt.evaluate.problems import MOST, held_out_problems
+from hybrid_rt.evaluate.problems import MOST, Problem, held_out_problems
+from hybrid_rt.evaluate.saved_answers import read_answers, save_answers
 from hybrid_rt.evaluate.saved_reference import SavedReference
 from hybrid_rt.evaluate.statistics import Estimate
-from hybrid_rt.evaluate.tasks import TaskScore, answer_all, compare_answers
+from hybrid_rt.evaluate.tasks import Answers, TaskScore, answer_all, compare_answers
 from hybrid_rt.evaluate.text import find_text
 from quant.errors import UsageError
 
@@ -50,7 +51,7 @@ class EvalOptions:
 
     def check(self) -> None:
         """Raise UsageError for options that exclude each other."""
-        given = {
+        given: dict[str, object] = {
             "--against": self.against,
             "--text": self.text,
             "--reference": self.reference,
@@ -62,7 +63,7 @@ class EvalOptions:
             "--save-reference": {"--against"},
         }
         if self.tasks:
-            given, excluded = {"--tasks": True, **given}, {"--tasks": set(given) - {"--against"}}
+            given["--tasks"], excluded["--tasks"] = True, {"--text", "--window"}
         for option, others in excluded.items():
             clashing = [name for name in others if given[option] is not None and given.get(name) is not None]
             if clashing:
@@ -101,18 +102,26 @@ def evaluate_model(model: str, options: EvalOptions, report: Report) -> Evaluati
 def measure_tasks(model: str, options: EvalOptions) -> None:
     """Print how many of nano-r1's problems `model` solves, beside another model on the same ones."""
     problems = held_out_problems(options.problems)
-    answers = []
-    for name in (model, options.against):
-        if name is not None:
-            engine = load(name, options)
-            with shown_progress("problems") as report:
-                answers.append(answer_all(engine, problems, report))
-    scores = compare_answers(answers[0], answers[1] if len(answers) > 1 else None)
+    saved = None if options.reference is None else read_answers(options.reference.expanduser(), problems)
+    answers = solve(model, problems, options)
+    if options.save_reference is not None:
+        save_answers(options.save_reference.expanduser(), model, answers)
+    if options.against is not None:
+        saved = solve(options.against, problems, options)
+    scores = compare_answers(answers, saved)
     if options.as_json:
         told = {"model": model, "against": options.against, "dtype": options.dtype}
+        told["reference"] = None if options.reference is None else str(options.reference)
         print(json.dumps(told | {"tasks": {task: asdict(score) for task, score in scores.items()}}))
     else:
         show_tasks(scores, Console(highlight=False, markup=False))
+
+
+def solve(model: str, problems: Mapping[str, Sequence[Problem]], options: EvalOptions) -> dict[str, Answers]:
+    """What one model makes of the problems."""
+    engine = load(model, options)
+    with shown_progress("problems") as report:
+        return answer_all(engine, problems, report)
 
 
 def load(model: str, options: EvalOptions) -> Engine:

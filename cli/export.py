@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cli.compiling import show_compiling
 from cli.escape import say
-from cli.quantize import Show, shown_progress
+from cli.quantize import HubOptions, Show, find_on_hub, shown_progress
 from hybrid_rt.engine import use_threads
 from hybrid_rt.models import resolve_checkpoint
 from offload.sizes import format_size
@@ -16,12 +16,14 @@ from quant.errors import UsageError
 from quant.export import compressed_tensors, gguf_tensors
 from quant.export.block_kernels import BLOCK_KERNELS
 from quant.export.checkpoint import export_checkpoint
-from quant.export.gguf import export_gguf
+from quant.export.gguf import export_gguf, work_folder
 from quant.export.report import Exported
 from quant.export.source import Source, open_source
+from quant.journal import check_target
 from quant.kernels.ahead import compile_ahead
 from quant.kernels.decode import decode
 from quant.kernels.jit import Kernel
+from quant.kernels.widen import widen
 from quant.store import Store
 
 Write = Callable[[Source, Path, Show], Exported]
@@ -30,27 +32,41 @@ TARGETS = (GGUF, COMPRESSED_TENSORS)
 
 
 class Task(NamedTuple):
-    """recipe: its name. kernels: those that are needed, beside what decodes a store."""
+    """recipe: its name. work: the folder in which a path is written, checked. kernels: those that encode."""
 
     recipe: str
+    work: Callable[[Path], Path]
     kernels: tuple[Kernel, ...]
     write: Write
 
 
-def export(src: str, dst: str, target: str, recipe: str | None, jobs: int | None, as_json: bool) -> None:
+def export(
+    src: str, dst: str, target: str, recipe: str | None, jobs: int | None, as_json: bool, hub: HubOptions | None = None
+) -> None:
     """Write the model `src` as `dst` for other programs, with `jobs` threads; told on standard error as it goes."""
-    task = _task(target, recipe)  # before the model is read
-    source, path = open_source(resolve_checkpoint(src)), Path(dst).expanduser()
+    task, path = _task(target, recipe), Path(dst).expanduser()  # before the model is read
+    source = find_source(src, task.work(path), hub or HubOptions())
     use_threads(jobs)
-    compile_ahead([*task.kernels, *([decode] if isinstance(source, Store) else [])], show_compiling)
+    compile_ahead([*task.kernels, decode if isinstance(source.model, Store) else widen], show_compiling)
     begin = time.perf_counter()
     try:
         with shown_progress() as show:
             exported = task.write(source, path, show)
     except KeyboardInterrupt:
-        say("stopped; the same command begins anew, over what was left")
+        say("stopped; the same command continues where it was")
         raise
     _tell(source, path, target, task.recipe, exported, time.perf_counter() - begin, as_json)
+
+
+def find_source(src: str, work: Path, hub: HubOptions) -> Source:
+    """What `src` names: a folder, a built-in name, or a model on the Hub, to be written in `work`. Raises Dsr1Error."""
+    found = find_on_hub(src, work, hub)
+    return open_source(resolve_checkpoint(src)) if found is None else Source.of(found)
+
+
+def _checked(folder: Path) -> Path:
+    check_target(folder)
+    return folder
 
 
 def _task(target: str, recipe: str | None) -> Task:
@@ -58,6 +74,7 @@ def _task(target: str, recipe: str | None) -> Task:
         types = gguf_tensors.find_recipe(recipe or gguf_tensors.DEFAULT_RECIPE)
         return Task(
             types.name,
+            work_folder,
             tuple(BLOCK_KERNELS[kind] for kind in gguf_tensors.block_types(types)),
             lambda source, path, show: export_gguf(source, path, types, show),
         )
@@ -65,6 +82,7 @@ def _task(target: str, recipe: str | None) -> Task:
         packed = compressed_tensors.find_recipe(recipe or compressed_tensors.DEFAULT_RECIPE)
         return Task(
             packed.name,
+            _checked,
             (BLOCK_KERNELS[packed.type],),
             lambda source, path, show: export_checkpoint(source, path, packed, show),
         )
@@ -74,7 +92,7 @@ def _task(target: str, recipe: str | None) -> Task:
 def _tell(
     source: Source, path: Path, target: str, recipe: str, exported: Exported, seconds: float, as_json: bool
 ) -> None:
-    nbytes, kind = sum(exported.files.values()), "store" if isinstance(source, Store) else "checkpoint"
+    nbytes, kind = sum(exported.files.values()), "store" if isinstance(source.model, Store) else "checkpoint"
     if as_json:
         counts = {"encoded": exported.encoded, "taken": exported.taken}
         told = {"path": str(path), "to": target, "recipe": recipe, "source": kind, "bytes": nbytes, "seconds": seconds}

@@ -12,10 +12,15 @@ from quant.errors import StoreError, UsageError
 from quant.imatrix import Imatrix
 from quant.importance import AllAlike, Importance
 from quant.kernels.ahead import PLAIN_KERNELS, compile_ahead
+from quant.progress import Notes, unnoted
 
 
-def find_importance(source: Checkpoint, calibrate: Path | None, imatrix: Path | None) -> Importance:
-    """What the user asked for. Raises UsageError for both, Dsr1Error for a file that is no use or too little memory."""
+def find_importance(
+    source: Checkpoint, calibrate: Path | None, imatrix: Path | None, report: Notes = unnoted
+) -> Importance:
+    """What the user asked for. report: is told what of a calibration runs.
+
+    Raises UsageError for both, Dsr1Error for a file that is no use or too little memory."""
     if calibrate is not None and imatrix is not None:
         raise UsageError("--calibrate and --imatrix cannot be given together; leave one out")
     if imatrix is not None:
@@ -24,7 +29,7 @@ def find_importance(source: Checkpoint, calibrate: Path | None, imatrix: Path | 
         return AllAlike()
     path = calibrate.expanduser()
     text = read_text(path)
-    made = Calibration(source, path, text)
+    made = Calibration(source, path, text, report)
     needed, free = memory_bytes(source.config, made.tokens), usable_ram()
     if needed > free:
         raise StoreError(

@@ -116,16 +116,14 @@ def quantize(
         return
     if dst is None:
         raise typer.BadParameter("give the folder of the store after the checkpoint")
+    from cli.quantize import HubOptions
+
     if to != "store":
-        _refuse_store_options(
-            to,
-            {"--calibrate": calibrate, "--imatrix": imatrix, "--revision": revision, "--keep-source": keep_source},
-        )
+        _refuse_store_options(to, {"--calibrate": calibrate, "--imatrix": imatrix})
         from cli.export import export
 
-        export(src, dst, to, recipe, jobs, json)
+        export(src, dst, to, recipe, jobs, json, HubOptions(revision, keep_source))
         return
-    from cli.quantize import HubOptions
     from cli.quantize import quantize as convert
     from quant.recipes import DEFAULT_RECIPE
 
@@ -228,10 +226,13 @@ def evaluate(
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="Reference to compare with.")] = None,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="Text to predict, UTF-8.")] = None,
     reference: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Compare with what --save-reference wrote, on its text.")
+        Path | None, typer.Option(metavar="FILE", help="Compare with what --save-reference wrote.")
     ] = None,
     save_reference: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the 64 likeliest tokens of each prediction there.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the likeliest tokens of each prediction, or which problems were solved."
+        ),
     ] = None,
     tasks: Annotated[bool, typer.Option("--tasks", help="Solve nano-r1's held-out problems instead.")] = False,
     problems: Annotated[int, typer.Option(metavar="N", min=2, help="Problems of each task.")] = 1000,

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,12 @@ def quantize(
     source = find_source(src, folder, hub or HubOptions(), calibrate is not None)
     use_threads(jobs)
     compile_ahead([*ENCODING_KERNELS, widen], show_compiling)
-    importance = find_importance(source.checkpoint, calibrate, imatrix)
-    begin, steps = time.perf_counter(), FirstAndLast()
+    begin = time.perf_counter()
     try:
         with shown_progress() as show:
-            manifest = convert(source, folder, recipe, lambda step: show(steps.note(step)), importance)
+            steps = Told(show)
+            importance = find_importance(source.checkpoint, calibrate, imatrix, steps.note)
+            manifest = convert(source, folder, recipe, steps.show, importance)
     except KeyboardInterrupt:
         say("stopped; the same command continues where it was")
         raise
@@ -82,43 +83,65 @@ def find_source(src: str, store: Path, hub: HubOptions, calibrated: bool = False
 
     calibrated: whether a text will run through it. Raises Dsr1Error.
     """
-    from huggingface_hub import constants
-
-    folder = Path(src).expanduser()
-    if HUB_ID.fullmatch(src) and not folder.is_dir() and not constants.HF_HUB_OFFLINE:
-        from quant.hub_shards import hub_source
-
-        if calibrated:
-            raise UsageError(
-                f"--calibrate needs a layer's weights at once, and from the Hub they come shard by shard; download the "
-                f"model first, with `hf download {src} --local-dir FOLDER`, and give FOLDER"
-            )
-        return hub_source(src, hub.revision, store, hub.keep_source)
-    if hub != HubOptions():
-        where = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{src} is none"
-        raise UsageError(f"--revision and --keep-source are for models on the Hub, and {where}; leave them out")
+    if calibrated and is_on_hub(src):
+        raise UsageError(
+            f"--calibrate needs a layer's weights at once, and from the Hub they come shard by shard; download the "
+            f"model first, with `hf download {src} --local-dir FOLDER`, and give FOLDER"
+        )
+    if (source := find_on_hub(src, store, hub)) is not None:
+        return source
     folder = resolve_checkpoint(src)
     if is_store(folder):
         raise StoreError(f"{folder} is a store already; give the published checkpoint that it was made from")
     return Source.of(Checkpoint.open(folder))
 
 
-class FirstAndLast:
-    """Of the steps of a task: how much was there, and how much is."""
+def is_on_hub(src: str) -> bool:
+    """Whether `src` is the id of a model that the Hub will be asked for."""
+    from huggingface_hub import constants
 
-    def __init__(self) -> None:
+    return bool(HUB_ID.fullmatch(src)) and not Path(src).expanduser().is_dir() and not constants.HF_HUB_OFFLINE
+
+
+def find_on_hub(src: str, work: Path, hub: HubOptions) -> Source | None:
+    """The model on the Hub that `src` names, to be converted in the folder `work`; None if it names none.
+
+    Raises Dsr1Error if it cannot be had, or for options that are for such models only.
+    """
+    from huggingface_hub import constants
+
+    if is_on_hub(src):
+        from quant.hub_shards import hub_source
+
+        return hub_source(src, hub.revision, work, hub.keep_source)
+    if hub != HubOptions():
+        where = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{src} is none"
+        raise UsageError(f"--revision and --keep-source are for models on the Hub, and {where}; leave them out")
+    return None
+
+
+class Told:
+    """The steps of a conversion on their way to who shows them: how much was there at first, and how much is."""
+
+    def __init__(self, show: Show) -> None:
         self.there: int | None = None
-        self.done = 0
+        self._show, self._last = show, Progress("", 0, 0)
 
-    def note(self, step: Progress) -> Progress:
+    @property
+    def done(self) -> int:
+        return self._last.done
+
+    def show(self, step: Progress) -> None:
         self.there = step.done if self.there is None else self.there
-        self.done = step.done
-        return step
+        self._last = step
+        self._show(step)
+
+    def note(self, note: str) -> None:
+        """Show what the next step waits for."""
+        self._show(replace(self._last, note=note))
 
 
-def summary(
-    src: str, source: Source, folder: Path, manifest: Manifest, steps: FirstAndLast, seconds: float
-) -> dict[str, Any]:
+def summary(src: str, source: Source, folder: Path, manifest: Manifest, steps: Told, seconds: float) -> dict[str, Any]:
     """What --json prints. Bytes of the source are those of its weights; those converted are of this run."""
     converted = steps.done - (steps.there or 0)
     return {
@@ -160,7 +183,7 @@ class Bars:
 
     def show(self, step: Progress) -> None:
         self._bars.start()
-        description = "\n  ".join(escape(name) for name in (step.file, step.tensor) if name)
+        description = "\n  ".join(escape(name) for name in (step.file, step.tensor, step.note) if name)
         self._bars.update(self._task, description=description, completed=step.done, total=step.total)
         self._show_fetching(step.fetching)
 
@@ -182,10 +205,14 @@ class Lines:
     """Progress for a log."""
 
     def __init__(self) -> None:
-        self.file = ""
+        self.file = self.note = ""
 
     def show(self, step: Progress) -> None:
-        if step.file == self.file:
+        note = step.note.partition(":")[0]  # a line for each layer, not for each expert
+        if note and note != self.note:
+            self.note = note
+            say(note)
+        if step.file == self.file or note:
             return
         self.file = step.file
         say(f"{step.file}: at {format_size(step.done)} of {format_size(step.total)}")

@@ -35,7 +35,7 @@ from quant.config import ModelConfig
 from quant.dequantize import dequantize
 from quant.errors import Dsr1Error
 from quant.inventory import TensorSpec
-from quant.progress import Steps, untold
+from quant.progress import Notes, unnoted
 from quant.report import ImportanceSummary
 
 WINDOW = 512  # tokens that see each other
@@ -161,8 +161,8 @@ class ExpertSums:
 class Calibration:
     """The mean squares of a checkpoint's matrices' inputs on a text (`Importance`)."""
 
-    def __init__(self, source: Checkpoint, path: Path, text: str, report: Steps = untold) -> None:
-        """report: is told of layers that are done. Raises Dsr1Error for a text too short, TokenizerError."""
+    def __init__(self, source: Checkpoint, path: Path, text: str, report: Notes = unnoted) -> None:
+        """report: is told which part of which layer runs. Raises Dsr1Error for a text too short, TokenizerError."""
         config, tokenizer = source.config, Tokenizer.load(source.folder)
         self.source, self.config, self.path, self.report = source, config, path, report
         ids = tokenizer.encode(text)[:MOST_TOKENS]
@@ -215,13 +215,16 @@ class Calibration:
     def _run_to(self, layer: int) -> None:
         """Run the layers up to `layer`, each once."""
         while self._done <= layer:
-            self.report(self._done, self.config.n_layers)
+            self._tell(self._done, "attention")
             self._attend(self._done)
             if self.config.is_moe(self._done):
                 self._run_experts(self._done)
             else:
                 self._run_dense(self._done)
             self._done += 1
+
+    def _tell(self, layer: int, part: str) -> None:
+        self.report(f"calibrating layer {layer + 1} of {self.config.n_layers}: {part}")
 
     def _attend(self, layer: int) -> None:
         prefix = f"layers.{layer}"
@@ -253,6 +256,7 @@ class Calibration:
         ids, weights = (torch.cat(parts) for parts in zip(*routes, strict=True))  # [T, K]
         self._experts[layer] = sums = ExpertSums(self.config)
         for expert in range(self.config.n_routed_experts):
+            self._tell(layer, f"expert {expert + 1} of {self.config.n_routed_experts}")
             self._run_expert(layer, expert, (inputs, ids, weights), sums)
 
     def _run_expert(

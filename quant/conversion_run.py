@@ -11,7 +11,8 @@
 
 Reading, converting and writing overlap because each worker does all three for its own piece, and the system reads ahead
 what is handed out and writes back behind. How much columns count this thread asks as it hands a piece out; where layers
-of the model must run first (hybrid_rt/calibration.py), they run here, and have all cores once workers are idle.
+of the model must run first (hybrid_rt/calibration.py), they run here, and have all cores once workers are idle. What
+becomes of a piece is for the encoder to say: a store's formats (quant/convert.py), or another program's (quant/export).
 Only this thread touches the state below. On an error or an interruption what workers have finished is still written
 down.
 """
@@ -24,28 +25,41 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from quant.checkpoint import Checkpoint
 from quant.encoding import Errors
-from quant.errors import Dsr1Error
-from quant.importance import Importance
+from quant.errors import CheckpointError, Dsr1Error
+from quant.formats import QuantTensor
 from quant.journal import Journal, Written
 from quant.kernels.threads import thread_count
-from quant.packed import PACKED_FORMATS
-from quant.pieces import Piece, Target, source_bytes
+from quant.pieces import Piece, Published, Target, source_bytes
 from quant.progress import Progress
 from quant.shard_reader import ChangedError, ShardReader
 from quant.shards import Shards
 from quant.store_file import StoreFile
-from quant.tensor_rows import Scratch, convert_rows, published_rows, rows_span, scale_rows_span
+from quant.tensor_rows import Scratch, published_rows, rows_span, scale_rows_span
 
 SYNC_S = 2.0  # what a power cut may cost; longer, and reads wait for what is flushed at once
 AHEAD = 64  # pieces handed out beside those in work, 256 MiB of FP8, which the system reads while the disk has time
 HASH_BYTES = 1 << 25  # settled bytes that are worth a task
 WAIT_S = 0.2  # for a shard, before progress is told again
+
+
+class Encoder(Protocol):
+    """What pieces become."""
+
+    def columns(self, piece: Piece) -> torch.Tensor | None:
+        """How much each column of a piece counts, if not alike: asked by one thread, in the order of pieces."""
+
+    def encode(
+        self, piece: Piece, rows: QuantTensor, columns: torch.Tensor | None, scratch: Scratch
+    ) -> list[tuple[torch.Tensor, Errors | None]]:
+        """Bytes of each target of a piece, uint8, and what was lost, where that is told: by many threads.
+
+        Raises ValueError for weights that cannot be encoded.
+        """
 
 
 @dataclass
@@ -62,15 +76,15 @@ class ConversionRun:
 
     def __init__(
         self,
-        source: Checkpoint,
+        source: Published,
         shards: Shards,
         files: Mapping[str, StoreFile],
         journal: Journal,
-        importance: Importance,
+        encoder: Encoder,
         progress: Callable[[Progress], None],
     ) -> None:
         self.source, self.shards, self.files, self.journal, self.progress = source, shards, files, journal, progress
-        self.importance = importance
+        self.encoder = encoder
         self._sizes = {shard.path: shard.file_bytes for shard in source.shards}
         self._scratch = Scratch()
         self._finished: SimpleQueue[tuple[Future[Any], Callable[[Any], None]]] = SimpleQueue()
@@ -141,22 +155,23 @@ class ConversionRun:
     def _hand_out(self, piece: Piece, shard: _Shard) -> None:
         shard.reader.will_need(rows_span(self.source, piece))
         self._tell(replace(self._now, file=shard.path.name, tensor=piece.spec.source))
-        columns = self._columns(piece)
+        columns = self.encoder.columns(piece)
         self._pieces += 1
         self._submit(
             self._pool, lambda: self._convert(piece, shard, columns), lambda done: self._note(piece, shard, done)
         )
 
-    def _columns(self, piece: Piece) -> torch.Tensor | None:
-        """How much each column of a piece counts, where it is packed."""
-        packed = any(target.representation in PACKED_FORMATS for target in piece.targets)
-        return self.importance.of(piece.spec) if packed else None
-
     def _convert(self, piece: Piece, shard: _Shard, columns: torch.Tensor | None) -> list[Written]:
         """What a worker does with a piece, for each of its targets."""
         scales = self._scales(piece, shard)
         rows = published_rows(self.source, piece, shard.reader, scales, self._scratch)
-        stored = convert_rows(self.source, piece, rows, columns, self._scratch)
+        try:
+            stored = self.encoder.encode(piece, rows, columns, self._scratch)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.source.folder}: tensor {piece.spec.source!r} cannot be quantised ({error}); download the model "
+                "again"
+            ) from None
         return [self._write(target, *of_target) for target, of_target in zip(piece.targets, stored, strict=True)]
 
     def _write(self, target: Target, stored: torch.Tensor, errors: Errors | None) -> Written:

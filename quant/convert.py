@@ -11,16 +11,19 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from quant.checkpoint import Checkpoint
-from quant.conversion_run import ConversionRun
+from quant.conversion_run import ConversionRun, Encoder
 from quant.encoding import Errors
 from quant.errors import StoreError
 from quant.files import PART_SUFFIX, new_file, sha256_of
+from quant.formats import QuantTensor
 from quant.importance import AllAlike, Importance
 from quant.journal import Journal, check_target, conversion
 from quant.manifest import MANIFEST_NAME, FileRecord, Manifest, formats_fingerprint
 from quant.packed import PACKED_FORMATS
-from quant.pieces import Piece, Target, pieces_by_shard, targets_by_file
+from quant.pieces import Piece, Published, Target, pieces_by_shard, targets_by_file
 from quant.progress import Progress, ignore
 from quant.recipes import DEFAULT_RECIPE, find_recipe
 from quant.report import REPORT_NAME, Report, Stored, make_report
@@ -28,9 +31,10 @@ from quant.safetensors_file import FileSpan, SafetensorsFile
 from quant.safetensors_writer import FilePlan
 from quant.shard_reader import ShardReader
 from quant.shards import Shards, known_sha256
-from quant.store_file import StoreFile
+from quant.store_file import PlannedFile, StoreFile
 from quant.store_formats import StoreFormats
 from quant.store_layout import STORE_VERSION, StoreEntry, placements, plan_store
+from quant.tensor_rows import Scratch, convert_rows
 
 TAIL_BYTES = 1 << 16  # of each shard, which tell models of one shape apart
 ENCODER_SOURCES = ("packed.py", "packing.py", "encode_reference.py", "encoding.py", "kernels/encode.py", "pieces.py")
@@ -77,11 +81,13 @@ def convert(
     formats = find_recipe(recipe_name).of(checkpoint.inventory.config, _embedding_format(checkpoint))
     plans = plan_store(checkpoint.inventory, formats)
     check_target(folder)
-    _check_space(folder, plans, source)
+    shards = source.shards.disk_bytes([shard.path for shard in checkpoint.shards])
+    check_space("the store", folder, plans.values(), shards)
     pieces = pieces_by_shard(checkpoint, (place for name, plan in plans.items() for place in placements(name, plan)))
     with conversion(folder, _task(source, formats, importance)) as journal:
         files = {name: _copy(checkpoint.folder / name, folder / name) for name in copied_files(checkpoint.folder)}
-        files |= _write(source, folder, plans, pieces, journal, importance, progress)
+        encoder = StoreEncoder(importance)
+        files |= write_files(checkpoint, source.shards, folder, plans, pieces, journal, encoder, progress)
         report = _report(checkpoint, formats.recipe, plans, pieces, journal, importance)
         with new_file(folder / REPORT_NAME) as file:
             file.write(report.to_json())
@@ -155,23 +161,39 @@ def _ends(shard: SafetensorsFile) -> bytes:
     return bytes(head + rest)
 
 
+class StoreEncoder:
+    """A store's formats (`Encoder`)."""
+
+    def __init__(self, importance: Importance) -> None:
+        self.importance = importance
+
+    def columns(self, piece: Piece) -> torch.Tensor | None:
+        packed = any(target.representation in PACKED_FORMATS for target in piece.targets)
+        return self.importance.of(piece.spec) if packed else None
+
+    def encode(
+        self, piece: Piece, rows: QuantTensor, columns: torch.Tensor | None, scratch: Scratch
+    ) -> list[tuple[torch.Tensor, Errors | None]]:
+        return convert_rows(piece, rows, columns, scratch)
+
+
 Plans = Mapping[str, FilePlan[StoreEntry]]
 Pieces = Mapping[Path, list[Piece]]  # by shard
 
 
-def _check_space(folder: Path, plans: Plans, source: Source) -> None:
-    """Refuse before the first byte what would fill the disk."""
+def check_space(what: str, folder: Path, plans: Iterable[PlannedFile], shards: int) -> None:
+    """Refuse before the first byte what would fill the disk. shards: bytes that they take there for a while."""
     there = folder if folder.exists() else next(parent for parent in folder.absolute().parents if parent.exists())
-    store, begun = sum(plan.nbytes for plan in plans.values()), _bytes_on_disk(folder.glob("*.safetensors*"))
-    shards = source.shards.disk_bytes([shard.path for shard in source.checkpoint.shards])
+    needed, begun = sum(plan.nbytes for plan in plans), _bytes_on_disk(folder.glob(f"*{PART_SUFFIX}"))
+    begun += _bytes_on_disk(folder.glob("*.safetensors"))
     free = shutil.disk_usage(there).free
-    short = store - begun + shards - free
+    short = needed - begun + shards - free
     if short > 0:
         also = f", and shards of the checkpoint take {_size(shards)} for a while" if shards else ""
         has = f", of which {_size(begun)} are there" if begun else ""
         raise StoreError(
-            f"the store takes {_size(store)}{has}{also}, and the disk of {there} has {_size(free)} free, "
-            f"{_size(short)} too little; free as much and give the same command again, or give a folder on another disk"
+            f"{what} takes {_size(needed)}{has}{also}, and the disk of {there} has {_size(free)} free, "
+            f"{_size(short)} too little; free as much and give the same command again, or give a place on another disk"
         )
 
 
@@ -192,13 +214,14 @@ def _copy(source: Path, path: Path) -> FileRecord:
     return FileRecord(len(data), file.sha256)
 
 
-def _write(
-    source: Source,
+def write_files(
+    source: Published,
+    shards: Shards,
     folder: Path,
-    plans: Plans,
+    plans: Mapping[str, PlannedFile],
     pieces: Pieces,
     journal: Journal,
-    importance: Importance,
+    encoder: Encoder,
     progress: Callable[[Progress], None],
 ) -> dict[str, FileRecord]:
     """Write the files of `plans` that no earlier run has finished; records of all."""
@@ -213,7 +236,7 @@ def _write(
     missing = {name: plan for name, plan in plans.items() if name not in journal.files}
     files = {name: StoreFile(folder / name, plan, targets[name]) for name, plan in missing.items()}
     try:
-        ConversionRun(source.checkpoint, source.shards, files, journal, importance, progress).run(pieces)
+        ConversionRun(source, shards, files, journal, encoder, progress).run(pieces)
     finally:
         for file in files.values():
             file.close()
@@ -222,7 +245,7 @@ def _write(
     return {name: journal.files[name] for name in plans}
 
 
-def _written(path: Path, plan: FilePlan[StoreEntry], known: FileRecord | None) -> FileRecord | None:
+def _written(path: Path, plan: PlannedFile, known: FileRecord | None) -> FileRecord | None:
     """The record of a file that an earlier run has finished; `known` if the journal tells of it."""
     if not path.exists() or path.stat().st_size != plan.nbytes:
         return None

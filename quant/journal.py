@@ -129,9 +129,9 @@ def check_target(folder: Path) -> None:
     if (folder / MANIFEST_NAME).exists():
         raise StoreError(f"{folder} exists and is a finished store; give another folder, or delete it first")
     if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder} exists and is a file; give a folder for the store")
+        raise StoreError(f"{folder} exists and is a file; give the name of a new folder")
     if folder.exists() and any(folder.iterdir()):
-        raise StoreError(f"{folder} exists and is not empty; give a new or empty folder for the store")
+        raise StoreError(f"{folder} exists and is not empty; give a new or empty folder")
 
 
 @contextmanager

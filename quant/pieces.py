@@ -5,19 +5,32 @@ threads, so that another run knows them again.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 from pathlib import Path
+from typing import Protocol
 
-from quant.checkpoint import Checkpoint
-from quant.formats import FP8_BLOCK_SIDE
+from quant.formats import FP8_BLOCK_SIDE, Format
 from quant.inventory import TensorSpec
 from quant.journal import Key
+from quant.packed import PackedFormat
+from quant.safetensors_file import FileSpan, SafetensorsFile
 from quant.store_formats import stored_bytes
 from quant.store_layout import Placement
 
 PIECE_WEIGHTS = 1 << 22  # 16 MiB in float32: many threads have theirs at a time, and one is busy for a while
+
+
+class Published(Protocol):
+    """What is converted: a Checkpoint, or whatever else says where its tensors lie."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def shards(self) -> Sequence[SafetensorsFile]: ...
+    def place(self, name: str) -> tuple[Format | PackedFormat, FileSpan, FileSpan | None]:
+        """Format of a tensor, where its bytes lie, and where its scales do, if they lie apart."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Piece:
     targets: tuple[Target, ...]
 
 
-def pieces_by_shard(source: Checkpoint, placements: Iterable[Placement]) -> dict[Path, list[Piece]]:
+def pieces_by_shard(source: Published, placements: Iterable[Placement]) -> dict[Path, list[Piece]]:
     """All pieces, by the shard that holds their weights, in the order in which they lie in the store."""
     places: dict[TensorSpec, list[Placement]] = defaultdict(list)
     for placement in placements:
@@ -57,17 +70,21 @@ def pieces_by_shard(source: Checkpoint, placements: Iterable[Placement]) -> dict
 
 
 def _pieces(spec: TensorSpec, places: list[Placement]) -> Iterator[Piece]:
-    for first, shape in _cuts(spec.shape):
+    for first, shape in cuts(spec.shape):
         yield Piece(spec, first, shape, tuple(_target(place, first, shape) for place in places))
 
 
-def _cuts(shape: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """First row and shape of each piece: multiples of 128 rows, so that FP8 blocks and row tiles stay whole."""
+def cuts(shape: tuple[int, ...], whole_rows: int = 1) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """First row and shape of each piece: multiples of 128 rows, so that FP8 blocks and row tiles stay whole.
+
+    whole_rows: so many rows stay together, too.
+    """
     if len(shape) == 1:
         yield 0, shape
         return
     rows, columns = shape
-    step = max(PIECE_WEIGHTS // columns // FP8_BLOCK_SIDE, 1) * FP8_BLOCK_SIDE
+    together = lcm(FP8_BLOCK_SIDE, whole_rows)
+    step = max(PIECE_WEIGHTS // columns // together, 1) * together
     for first in range(0, rows, step):
         yield first, (min(step, rows - first), columns)
 
@@ -86,6 +103,11 @@ def targets_by_file(pieces: Mapping[Path, list[Piece]]) -> dict[str, list[Target
     return {file: sorted(targets, key=lambda target: target.begin) for file, targets in by_file.items()}
 
 
-def source_bytes(pieces: Iterable[Piece], source: Checkpoint) -> int:
-    """Bytes of the pieces' weights in the checkpoint, without scales."""
-    return sum(prod(piece.shape) * source.place(piece.spec.name)[0].bits // 8 for piece in pieces)
+def source_bytes(pieces: Iterable[Piece], source: Published) -> int:
+    """Bytes of the pieces' weights as they are published, without scales that lie apart."""
+    return sum(rows_bytes(source.place(piece.spec.name)[0], piece.shape) for piece in pieces)
+
+
+def rows_bytes(fmt: Format | PackedFormat, shape: tuple[int, ...]) -> int:
+    """Bytes of whole rows, without scales that lie apart."""
+    return fmt.nbytes(shape) if isinstance(fmt, PackedFormat) else prod(shape) * fmt.bits // 8

@@ -12,11 +12,11 @@ import torch
 from quant.config import ModelConfig, load_config
 from quant.errors import CheckpointError, StoreError
 from quant.files import sha256_of
-from quant.formats import FORMATS, QuantTensor
+from quant.formats import FORMATS, Format, QuantTensor
 from quant.inventory import Inventory, TensorSpec
 from quant.journal import is_unfinished
 from quant.manifest import MANIFEST_NAME, REMEDY, Manifest, check_layers, read_manifest
-from quant.packed import PACKED_FORMATS, ExpertRecord
+from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat
 from quant.progress import Meter, Progress
 from quant.safetensors_file import FileSpan, SafetensorsFile
 from quant.safetensors_writer import DATA_ALIGNMENT, PADDING
@@ -110,6 +110,22 @@ class Store:
         data = self._shards[layer_file(spec.layer)].tensor(entry_name(name, representation))
         return QuantTensor(fmt, spec.shape, data)
 
+    @property
+    def shards(self) -> tuple[SafetensorsFile, ...]:
+        """The files of tensors."""
+        return tuple(self._shards.values())
+
+    def place(self, name: str, representation: str) -> tuple[Format | PackedFormat, FileSpan]:
+        """Format of a tensor in one of its representations, and where its bytes lie. Raises KeyError."""
+        spec = self.inventory.by_name[name]
+        if spec.expert is not None and spec.layer is not None:
+            fmt, begin = self._in_record(spec)
+            span = self.expert_span(spec.layer)
+            begin += span.begin + spec.expert * self.record(spec.layer).nbytes
+            return fmt, FileSpan(span.path, begin, fmt.nbytes(spec.shape))
+        stored = PACKED_FORMATS.get(representation) or FORMATS[representation]
+        return stored, self._shards[layer_file(spec.layer)].span(entry_name(name, representation))
+
     def expert_records(self, layer: int) -> torch.Tensor:
         """The routed experts of a layer, a mapped view: uint8 [experts, record bytes], each laid out as `record`.
 
@@ -128,11 +144,15 @@ class Store:
 
     def _expert_matrix(self, spec: TensorSpec) -> QuantTensor:
         assert spec.layer is not None and spec.expert is not None
-        matrix = spec.name.rpartition(".")[2]
-        record, fmt = self.record(spec.layer), self.manifest.formats.experts[spec.layer].of(spec.name)
-        begin = {"w1": record.w1, "w3": record.w3, "w2": record.w2}[matrix]
+        fmt, begin = self._in_record(spec)
         data = self.expert_records(spec.layer)[spec.expert, begin : begin + fmt.nbytes(spec.shape)]
         return QuantTensor(fmt, spec.shape, data)
+
+    def _in_record(self, spec: TensorSpec) -> tuple[PackedFormat, int]:
+        """Format of a matrix of a routed expert, and where it begins in the expert's record."""
+        assert spec.layer is not None
+        record, fmt = self.record(spec.layer), self.manifest.formats.experts[spec.layer].of(spec.name)
+        return fmt, {"w1": record.w1, "w3": record.w3, "w2": record.w2}[spec.name.rpartition(".")[2]]
 
     def verify(self, progress: Callable[[Progress], None]) -> None:
         """Read every file and compare its checksum. Raises StoreError naming the files that differ."""

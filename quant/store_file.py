@@ -9,20 +9,29 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from quant.errors import StoreError
 from quant.files import PART_SUFFIX, cannot_write, read_at, sync_folder, write_at
 from quant.manifest import FileRecord
 from quant.pieces import Target
-from quant.safetensors_writer import FilePlan
 
 READ_BYTES = 1 << 20
+
+
+class PlannedFile(Protocol):
+    """A file before it is written. head: its first bytes. nbytes: of all of it."""
+
+    @property
+    def head(self) -> bytes: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 class StoreFile:
     """Threads may write and read at once; `mark`, `settled` and `is_whole` are for one thread."""
 
-    def __init__(self, path: Path, plan: FilePlan, targets: Sequence[Target]) -> None:
+    def __init__(self, path: Path, plan: PlannedFile, targets: Sequence[Target]) -> None:
         """Open the part that an earlier run has left, or begin one. targets: from front to back."""
         self.path, self.nbytes, self.targets = path, plan.nbytes, targets
         self._part = path.with_name(path.name + PART_SUFFIX)

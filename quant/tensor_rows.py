@@ -1,6 +1,7 @@
 """From a piece's published bytes to those of a store: what each worker does, with memory of its own.
 
 `published_rows` reads, `stored_rows` turns rows into one representation; both know nothing of files being written.
+`Published` may be a checkpoint or, for exports, a store (quant/export/source.py).
 """
 
 import threading
@@ -8,15 +9,14 @@ from math import prod
 
 import torch
 
-from quant.checkpoint import Checkpoint
 from quant.encoding import Errors, encode
-from quant.errors import CheckpointError
 from quant.formats import BF16, F32, FORMATS, FP8_BLOCK, FP8_BLOCK_SIDE, QuantTensor
+from quant.kernels.decode import PACKED_CODES, decode
 from quant.kernels.threads import call
 from quant.kernels.vector import BF16_CODE, FP8_CODE
 from quant.kernels.widen import SPARE_VALUES, widen
-from quant.packed import PACKED_FORMATS
-from quant.pieces import Piece
+from quant.packed import PACKED_FORMATS, PackedFormat
+from quant.pieces import Piece, Published, rows_bytes
 from quant.safetensors_file import FileSpan
 from quant.shard_reader import ShardReader
 
@@ -42,17 +42,17 @@ class Scratch(threading.local):
         return self._values[:count]
 
 
-def rows_span(source: Checkpoint, piece: Piece) -> FileSpan:
+def rows_span(source: Published, piece: Piece) -> FileSpan:
     """Where the weights of a piece lie."""
     fmt, span, _ = source.place(piece.spec.name)
-    row_bytes = prod(piece.shape[1:]) * fmt.bits // 8
-    return FileSpan(span.path, span.begin + piece.first * row_bytes, piece.shape[0] * row_bytes)
+    before = rows_bytes(fmt, (piece.first, *piece.shape[1:]))
+    return FileSpan(span.path, span.begin + before, rows_bytes(fmt, piece.shape))
 
 
-def scale_rows_span(source: Checkpoint, piece: Piece) -> FileSpan | None:
+def scale_rows_span(source: Published, piece: Piece) -> FileSpan | None:
     """Where the scales of a piece lie, if its tensor has any."""
     fmt, _, span = source.place(piece.spec.name)
-    if span is None:
+    if span is None or isinstance(fmt, PackedFormat):
         return None
     rows, blocks = fmt.scale_shape(piece.shape) or (0, 0)
     row_bytes = blocks * 4
@@ -60,12 +60,14 @@ def scale_rows_span(source: Checkpoint, piece: Piece) -> FileSpan | None:
 
 
 def published_rows(
-    source: Checkpoint, piece: Piece, reader: ShardReader, scales: bytes | None, scratch: Scratch
+    source: Published, piece: Piece, reader: ShardReader, scales: bytes | None, scratch: Scratch
 ) -> QuantTensor:
     """The rows of a piece as they are published, in `scratch`. scales: its bytes of them, where its tensor has any."""
     fmt, span = source.place(piece.spec.name)[0], rows_span(source, piece)
     data = scratch.stored(span.nbytes)
     reader.read(span, data.numpy().data)
+    if isinstance(fmt, PackedFormat):
+        return QuantTensor(fmt, piece.shape, data)
     scale = None
     if scales is not None:
         scale = torch.frombuffer(bytearray(scales), dtype=torch.float32).view(fmt.scale_shape(piece.shape) or ())
@@ -79,6 +81,9 @@ def float_rows(rows: QuantTensor, scratch: Scratch) -> torch.Tensor:
     if len(rows.shape) == 1:
         return rows.dequantize(torch.float32)
     out = scratch.values(prod(rows.shape))
+    if isinstance(rows.format, PackedFormat):
+        call(decode, (rows.data.data_ptr(), out.data_ptr(), *rows.shape, PACKED_CODES[rows.format.name]), 1)
+        return out.view(rows.shape)
     scale = 0 if rows.scale is None else rows.scale.data_ptr()
     call(widen, (rows.data.data_ptr(), scale, out.data_ptr(), *rows.shape, CODES[rows.format.name]), 1)
     return out.view(rows.shape)
@@ -100,16 +105,8 @@ def stored_rows(
 
 
 def convert_rows(
-    source: Checkpoint, piece: Piece, rows: QuantTensor, columns: torch.Tensor | None, scratch: Scratch
+    piece: Piece, rows: QuantTensor, columns: torch.Tensor | None, scratch: Scratch
 ) -> list[tuple[torch.Tensor, Errors | None]]:
-    """The bytes and errors of each target of a piece, as `stored_rows` gives them.
-
-    Raises CheckpointError, naming the tensor, for what is not a number.
-    """
+    """The bytes and errors of each target of a piece, as `stored_rows` gives them. Raises as that."""
     values = float_rows(rows, scratch)
-    try:
-        return [stored_rows(rows, values, target.representation, columns) for target in piece.targets]
-    except ValueError as error:
-        raise CheckpointError(
-            f"{source.folder}: tensor {piece.spec.source!r} cannot be quantised ({error}); download the model again"
-        ) from None
+    return [stored_rows(rows, values, target.representation, columns) for target in piece.targets]

@@ -16,10 +16,13 @@ from quant.errors import StoreError
 from quant.export.block_reference import encode
 from quant.export.checkpoint import export_checkpoint
 from quant.export.compressed_tensors import find_recipe, is_packed, plan_shards, quantization_config
+from quant.export.source import open_source
 from quant.inventory import Inventory
+from quant.journal import JOURNAL_NAME
 from quant.packing import decode
 from quant.progress import Progress
 from quant.store import Store
+from tests.test_quantize import tree
 from tests.tiny_checkpoint import R1, RAGGED, tiny_config, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,7 +193,7 @@ def test_shards_of_r1() -> None:
     assert round(total / 1e9, 1) == 412.8
 
 
-def test_an_interrupted_export_is_no_model_and_begins_anew(source: Checkpoint, tmp_path: Path) -> None:
+def test_an_interrupted_export_is_no_model_and_continues(source: Checkpoint, tmp_path: Path) -> None:
     folder = tmp_path / "packed"
 
     class StopError(Exception):
@@ -202,9 +205,16 @@ def test_an_interrupted_export_is_no_model_and_begins_anew(source: Checkpoint, t
 
     with pytest.raises(StopError):
         export_checkpoint(source, folder, find_recipe("experts"), stop)
-    assert [path.name for path in folder.iterdir()] == ["model-00001-of-00001.safetensors.part"]
-    export_checkpoint(source, folder, find_recipe("experts"))
-    assert not list(folder.glob("*.part")) and (folder / "config.json").exists()
+    assert {path.name for path in folder.iterdir()} == {JOURNAL_NAME, "model-00001-of-00001.safetensors.part"}
+    with pytest.raises(StoreError, match="not finished"):
+        open_source(folder)
+    with pytest.raises(StoreError, match="another recipe"):
+        export_checkpoint(source, folder, find_recipe("linears"))
+    steps: list[Progress] = []
+    export_checkpoint(source, folder, find_recipe("experts"), steps.append)
+    assert steps[0].done > steps[0].total // 3  # what was done was not done again
+    export_checkpoint(source, tmp_path / "whole", find_recipe("experts"))
+    assert tree(folder) == tree(tmp_path / "whole")
     with pytest.raises(StoreError, match="not empty"):
         export_checkpoint(source, folder, find_recipe("experts"))
     (tmp_path / "other").mkdir()

@@ -1,16 +1,20 @@
 """`dsr1 eval --tasks`: the problems that ship, what counts as right, and batches that answer as one at a time."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from cli.eval import EvalOptions, measure
 from hybrid_rt import Engine, Sampling
 from hybrid_rt.evaluate.answers import says_comparison, says_expression, says_result, says_times
-from hybrid_rt.evaluate.problems import FILE, held_out_problems
+from hybrid_rt.evaluate.problems import FILE, Problem, held_out_problems
+from hybrid_rt.evaluate.saved_answers import read_answers, save_answers
 from hybrid_rt.evaluate.tasks import Answers, answer_all, compare_answers
 from hybrid_rt.generation import collect
-from quant.errors import UsageError
+from quant.errors import Dsr1Error, UsageError
 from tools.nano_r1.problems import lines
 from tools.nano_r1.tasks import TASKS
 
@@ -102,3 +106,48 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     measure("nano-r1", EvalOptions(tasks=True, problems=2, threads=1))
     out = capsys.readouterr().out
     assert "2 held-out problems a task" in out and "McNemar" not in out
+
+
+def test_answers_are_saved_once_for_many_comparisons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.eval.answer_all", lambda engine, problems, report: made_up(problems, engine.folder))
+    saved = tmp_path / "answers"
+    options = EvalOptions(tasks=True, problems=4, threads=1, as_json=True)
+    measure("nano-r1", replace(options, save_reference=saved))
+    measure("nano-r1", replace(options, against="nano-r1"))
+    measure("nano-r1", replace(options, reference=saved))
+    measure("nano-r1", replace(options, reference=saved, problems=3))
+    first, against, again, fewer = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert against["tasks"] == again["tasks"] and again["reference"] == str(saved)
+    assert first["tasks"]["add"]["pairs"] is None and again["tasks"]["add"]["pairs"]["only_model"] == 0
+    assert fewer["tasks"]["all"]["reference"]["value"] == pytest.approx(2 / 3)
+
+
+def made_up(problems: Mapping[str, Sequence[Problem]], _: Path) -> dict[str, Answers]:
+    return {
+        task: Answers(tuple(number % 2 == 0 for number in range(len(some))), 9.5) for task, some in problems.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "dsr1-reference"}, "is no file of a model's answers that this dsr1 reads"),
+        ({"problems": "0"}, "is of other problems"),
+        ({"tasks": {"add": {"solved": "0121", "tokens": 1.0}}}, "is damaged"),
+        ({"tasks": {"add": {"solved": [True], "tokens": 1.0}}}, "is damaged"),
+        ({"tasks": 5}, "is damaged"),
+        ({"tasks": {"add": {"solved": "10", "tokens": 1.0}}}, "give --problems 2"),
+        (None, "no file of a model's answers"),
+    ],
+)
+def test_damaged_answers_are_refused(tmp_path: Path, change: dict[str, object] | None, message: str) -> None:
+    problems, path = {"add": held_out_problems(3)["add"]}, tmp_path / "answers"
+    save_answers(path, "nano-r1", {"add": Answers((True, False, True), 9.0)})
+    assert read_answers(path, problems)["add"].solved == (True, False, True)
+    path.write_text("[" if change is None else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(Dsr1Error, match=message):
+        read_answers(path, problems)
+    with pytest.raises(Dsr1Error, match="there is no file"):
+        read_answers(tmp_path / "none", problems)

@@ -53,8 +53,8 @@ def test_compressed_tensors_from_a_store(tmp_path: Path) -> None:
         (("--to", "compressed-tensors", "--recipe", "q8_0"), StoreError, "experts, linears"),
         (("--to", "gguf"), StoreError, "does not end in .gguf"),
         (("--to", "gguf", "--calibrate", "x.txt"), UsageError, "--calibrate would be without effect with --to gguf"),
-        (("--to", "gguf", "--imatrix", "x", "--revision", "1"), UsageError, "--imatrix and --revision would be"),
-        (("--to", "compressed-tensors", "--keep-source"), UsageError, "--keep-source would be without effect"),
+        (("--to", "gguf", "--calibrate", "x", "--imatrix", "x"), UsageError, "--calibrate and --imatrix would be"),
+        (("--to", "compressed-tensors", "--keep-source"), UsageError, "--keep-source are for models on the Hub"),
     ],
 )
 def test_what_cannot_be_done_is_told(tmp_path: Path, options: tuple[str, ...], error: type, message: str) -> None:

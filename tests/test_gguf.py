@@ -16,15 +16,18 @@ from hybrid_rt.models import NANO_R1
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.errors import CheckpointError, ConfigError, Dsr1Error, StoreError, TokenizerError
-from quant.export import gguf as export_module
 from quant.export.gguf import export_gguf
 from quant.export.gguf_tensors import GgufRecipe, find_recipe, model_tensors
-from quant.export.source import open_source, rows_of, strip_ranges, strips
+from quant.export.source import StoreRows, open_source
 from quant.inventory import Inventory
 from quant.packed import FAST, Q8
 from quant.packing import decode
+from quant.pieces import Piece, cuts
 from quant.progress import Progress
+from quant.shard_reader import ShardReader
+from quant.shards import Shards
 from quant.store import Store
+from quant.tensor_rows import Scratch, float_rows, published_rows, rows_span, scale_rows_span
 from tests.tiny_checkpoint import BF16, NO_MTP, NO_Q_LORA, R1, RAGGED, tiny_config, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,21 +278,29 @@ def test_a_store_of_other_codes_is_decoded(checkpoint: Checkpoint, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["layers.0.ffn.w1", "layers.1.attn.wkv_b", "head"])
 def test_rows_are_those_of_the_whole(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
-    """Of FP8, bf16 and packed weights, from rows that begin no block of scales, and in strips."""
+    """Of FP8, bf16 and packed weights, in pieces that begin anywhere in a tensor."""
     convert(checkpoint, tmp_path / "store", "q8")
-    for source in (checkpoint, Store.open(tmp_path / "store")):
-        weight = source.weight(name)
-        whole = weight.dequantize(torch.float32)
-        for start, stop in ((0, 5), (33, 150), (130, 200), (250, 256)):
-            assert torch.equal(rows_of(weight, start, stop), whole[start:stop])
-        assert torch.equal(torch.cat(list(strips(weight))), whole)
+    store = Store.open(tmp_path / "store")
+    for source, rows in ((checkpoint, checkpoint), (store, StoreRows(store, {}))):
+        whole = source.weight(name).dequantize(torch.float32)
+        for first in (0, 128):
+            shape = (min(128, len(whole) - first), whole.shape[1])
+            piece, scratch = Piece(source.inventory.by_name[name], first, shape, ()), Scratch()
+            span, scales = rows_span(rows, piece), scale_rows_span(rows, piece)
+            shard = next(shard for shard in rows.shards if shard.path == span.path)
+            found = None if scales is None else Shards().read(scales, scales.path.stat().st_size)
+            published = published_rows(rows, piece, ShardReader(shard.path, shard.file_bytes), found, scratch)
+            assert torch.equal(float_rows(published, scratch), whole[first : first + 128])
 
 
 def test_large_matrices_are_cut() -> None:
-    ranges = list(strip_ranges((129280, 7168)))
+    ranges = [(first, first + shape[0]) for first, shape in cuts((129280, 7168))]
     assert ranges[0] == (0, 512) and ranges[-1][1] == 129280
     assert all(start % 128 == 0 and stop - start <= 512 for start, stop in ranges)
     assert [start for start, _ in ranges[1:]] == [stop for _, stop in ranges[:-1]]
+    heads = [(first, shape[0]) for first, shape in cuts((128 * 320, 512), 320)]
+    assert all(first % 320 == first % 128 == 0 == rows % 320 for first, rows in heads)
+    assert sum(rows for _, rows in heads) == 128 * 320 and len(heads) > 1
 
 
 # What goes wrong
@@ -308,9 +319,12 @@ def test_only_whole_files_appear(checkpoint: Checkpoint, tmp_path: Path) -> None
     with pytest.raises(StopError):
         export_gguf(checkpoint, path, find_recipe("q8_0"), stop)
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf.part"]
+    with pytest.raises(StoreError, match="another recipe"):
+        export_gguf(checkpoint, path, find_recipe("q4_0"))
     steps: list[Progress] = []
     export_gguf(checkpoint, path, find_recipe("q8_0"), steps.append)
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"] and steps[-1].done == steps[-1].total
+    assert steps[0].done > steps[0].total // 3  # what was done was not done again
     first = path.read_bytes()
     with pytest.raises(StoreError, match="exists"):
         export_gguf(checkpoint, path, find_recipe("q8_0"))
@@ -319,10 +333,24 @@ def test_only_whole_files_appear(checkpoint: Checkpoint, tmp_path: Path) -> None
     assert path.read_bytes() == first
 
 
+def test_killed_just_before_it_has_its_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path, work = tmp_path / "model.gguf", tmp_path / "model.gguf.part"
+    export_gguf(checkpoint, path, find_recipe("q8_0"))
+    first = path.read_bytes()
+    work.mkdir()
+    path.rename(work / path.name)
+    export_gguf(checkpoint, path, find_recipe("q8_0"))
+    assert path.read_bytes() == first and not work.exists()
+    work.mkdir()  # after it has its name
+    with pytest.raises(StoreError, match="exists"):
+        export_gguf(checkpoint, path, find_recipe("q8_0"))
+    assert not work.exists()
+
+
 def test_a_full_disk_is_told_before(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage(1000))
-    with pytest.raises(StoreError, match="GiB more than the disk"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000))
+    with pytest.raises(StoreError, match="the file takes .* and the disk of .* has .* free, .* too little"):
         export(checkpoint, tmp_path / "model.gguf", "q8_0")
     assert not list(tmp_path.iterdir())
 

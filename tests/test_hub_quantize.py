@@ -17,6 +17,8 @@ import pytest
 
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
+from quant.export.checkpoint import export_checkpoint
+from quant.export.compressed_tensors import find_recipe
 from quant.hub_shards import FOLDER
 from quant.journal import JOURNAL_NAME
 from quant.store import Store
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL, SHARDS = "some/model", [shard_name(number, 3) for number in range(3)]
 CLIENT = """
 import contextlib, io, json, os, sys, time
+from cli.export import export
 from cli.quantize import HubOptions, find_source, quantize
 from quant.convert import convert
 from quant.errors import Dsr1Error
@@ -52,7 +55,10 @@ for line in sys.stdin:
         if asked["stop"] is None:
             with contextlib.redirect_stdout(out):
                 hub = HubOptions(asked["revision"], asked["keep"])
-                quantize(asked["model"], asked["store"], "q8", 1, True, hub)
+                if asked["to"] is None:
+                    quantize(asked["model"], asked["store"], "q8", 1, True, hub)
+                else:
+                    export(asked["model"], asked["store"], asked["to"], None, 1, True, hub)
             answer = json.loads(out.getvalue())
         else:
             from pathlib import Path
@@ -76,8 +82,8 @@ class Client:
         self.process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
 
     def quantize(self, store: Path, model: str = MODEL, **asked: Any) -> dict[str, Any]:
-        """The command's answer, or its error. asked: revision, keep, stop (a share of the work), environment."""
-        defaults = {"revision": None, "keep": False, "stop": None, "environment": {}}
+        """The command's answer, or its error. asked: revision, keep, stop (a share), to, environment."""
+        defaults = {"revision": None, "keep": False, "stop": None, "to": None, "environment": {}}
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"store": str(store), "model": model, **defaults, **asked}) + "\n")
         self.process.stdin.flush()
@@ -99,6 +105,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / MODEL / "tokenizer.json").write_text("{}")
     (folder / MODEL / "README.md").write_text("not taken")
     write_checkpoint(folder / "some/single", SMALL, shards=1)
+    write_checkpoint(folder / "some/wide", SMALL | {"hidden_size": 64, "moe_intermediate_size": 64})
     (folder / "some/nothing").mkdir()
     (folder / "some/nothing/config.json").write_text("{}")
     return folder
@@ -158,6 +165,14 @@ def test_straight_from_the_hub(hub: HubServer, client: Client, whole: dict[str, 
     for shard in SHARDS:  # each was downloaded once; its header and scales of weights elsewhere came as ranges
         assert downloads(hub, shard) == 1 and hub.asked("GET", shard)[0].startswith("bytes=0-")
     assert not hub.asked("GET", "README.md")
+
+
+def test_an_export_straight_from_the_hub(hub: HubServer, client: Client, root: Path, tmp_path: Path) -> None:
+    export_checkpoint(Checkpoint.open(root / "some/wide"), tmp_path / "from folder", find_recipe("experts"))
+    answer = client.quantize(tmp_path / "packed", "some/wide", to="compressed-tensors")
+    assert "error" not in answer, answer
+    assert tree(tmp_path / "packed") == tree(tmp_path / "from folder")  # nothing of the download is left
+    assert [downloads(hub, shard) for shard in SHARDS] == [1, 1, 1]
 
 
 def test_a_single_file(hub: HubServer, client: Client, root: Path, tmp_path: Path) -> None:

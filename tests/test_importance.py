@@ -1,5 +1,6 @@
 """What weighs the encoder's search: a calibration against a plain forward pass, and llama.cpp's importance matrices."""
 
+import json
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cli.importance import find_importance
-from cli.quantize import HubOptions, find_source
+from cli.quantize import HubOptions, find_source, quantize
 from hybrid_rt import Engine
 from hybrid_rt.calibration import MOST_TOKENS, Calibration, memory_bytes
 from hybrid_rt.evaluate.windows import cut
@@ -87,16 +88,30 @@ def test_mean_squares_are_those_of_a_plain_forward_pass(source: Checkpoint) -> N
 
 
 def test_layers_run_once_when_they_are_asked_for(source: Checkpoint) -> None:
-    done: list[int] = []
-    made = Calibration(source, Path("text"), TEXT, lambda layer, _: done.append(layer))
-    assert not done and made.of(spec(source, "layers.1.attn.wkv_b")) is not None and done == [0, 1]
+    done: list[str] = []
+    made = Calibration(source, Path("text"), TEXT, lambda note: done.append(note) if "attention" in note else None)
+    assert not done and made.of(spec(source, "layers.1.attn.wkv_b")) is not None
+    assert [note.partition(" of ")[0] for note in done] == ["calibrating layer 1", "calibrating layer 2"]
     early = made.of(spec(source, "layers.0.ffn.w2"))
-    assert early is not None and (early > 0).any() and done == [0, 1]
+    assert early is not None and (early > 0).any() and len(done) == 2
     head = made.of(spec(source, "head"))
-    assert head is not None and head.shape == (source.config.dim,) and done == list(range(source.config.n_layers))
+    assert head is not None and head.shape == (source.config.dim,) and len(done) == source.config.n_layers
     mtp = f"layers.{source.config.n_layers}"
     assert made.of(spec(source, f"{mtp}.attn.wo")) is None and made.of(spec(source, "embed")) is None
     assert made.summary().missing == 1  # the embedding is not packed
+
+
+def test_the_command_tells_of_each_layer(
+    source: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    quantize(str(source.folder), str(tmp_path / "store"), "fast", 1, True, calibrate=tmp_path / "text")
+    told = capsys.readouterr()
+    layers = source.config.n_layers
+    notes = [line for line in told.err.splitlines() if line.startswith("calibrating layer")]
+    assert notes == [f"calibrating layer {layer + 1} of {layers}" for layer in range(layers)]
+    answer = json.loads(told.out)
+    assert 0 < answer["converted_bytes"] <= answer["source_bytes"]
 
 
 def test_a_rare_expert_gets_its_layer_s_figures(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_experts_on_the_gpu_beside_those_on_the_cpu(stores: dict[str, Path]) -> 
     split = Engine.load(stores["accurate"], pins=["experts:1/3-9=mapped", "experts:2/0=mapped"], **emulated)
     ids = random_ids(alone, 60)
     assert [p.tier for p in split.plan.expert_placements(1)] == ["gpu", "ram", "gpu"]
-    assert split.plan.representation(1, "routed_expert") == "accurate+q8"  # down of the first and last such layers
+    assert split.plan.representation(1, "routed_expert") == "accurate+q8"  # down of the first such layer
     assert split.plan.gpu_experts() == 2 * 16 - 8 and alone.plan.gpu_experts() == 0
     assert counted_weights(split) == split.plan.weight_bytes("gpu")
     assert error_of(split, alone, ids) < 1e-5  # sums in another order

@@ -31,6 +31,7 @@ class BlockType:
 
 F32 = BlockType("F32", 0, 1, 4)
 F16 = BlockType("F16", 1, 1, 2)
+BF16 = BlockType("BF16", 30, 1, 2)
 Q4_0 = BlockType("Q4_0", 2, BLOCK, 18)
 Q5_0 = BlockType("Q5_0", 6, BLOCK, 22)
 Q8_0 = BlockType("Q8_0", 8, BLOCK, 34)

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from quant.errors import StoreError
 from quant.export.block_types import INT4_32, INT4_128, BlockType
 from quant.inventory import Component, Inventory, TensorSpec
@@ -171,9 +169,3 @@ def _tensors_of(spec: TensorSpec, recipe: PackedRecipe) -> Iterator[CheckpointTe
 
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], spec: TensorSpec) -> CheckpointTensor:
     return CheckpointTensor(name, dtype, shape, ITEM_BYTES[dtype], spec)
-
-
-def split_blocks(blocks: torch.Tensor, kind: BlockType) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 [bytes] of blocks: their codes and their scales, uint8 each."""
-    rows = blocks.view(-1, kind.block_bytes)
-    return rows[:, 2:].contiguous().view(-1), rows[:, :2].contiguous().view(-1)

@@ -1,23 +1,20 @@
-"""A GGUF file, written from front to back: its header is known before any value is.
+"""The layout of a GGUF file: its header is known before any value is.
 
 Layout: "GGUF", version, number of tensors and of fields; the fields; of each tensor name, sizes, type and place; the
 tensors, each at a multiple of 32. Source: docs/gguf.md of https://github.com/ggml-org/ggml.
 """
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from quant.export.block_types import BlockType
-from quant.files import new_file
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # types of fields
 
 Value = int | float | bool | str | Sequence[str] | Sequence[int]
-Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,14 @@ class GgufPlan(Generic[T]):
         return GgufPlan(head.ljust(_aligned(len(head)), b"\0"), tuple(tensors))
 
     @property
+    def begins(self) -> Iterator[int]:
+        """Where each tensor begins, from the start of the file."""
+        begin = len(self.head)
+        for tensor in self.tensors:
+            yield begin
+            begin += _aligned(tensor.nbytes)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the file."""
         return len(self.head) + sum(_aligned(tensor.nbytes) for tensor in self.tensors)
@@ -91,24 +96,3 @@ def _tensor_info(tensor: GgufTensor, begin: int) -> bytes:
     sizes = tensor.shape[::-1]
     numbers = struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, tensor.type.number, begin)
     return _string(tensor.name) + numbers
-
-
-def write_gguf(
-    path: Path, plan: GgufPlan[T], values: Callable[[T], Iterable[memoryview]], report_of: Callable[[T], Report]
-) -> str:
-    """Write the file of `plan` and return its SHA-256. `values`: the bytes of one tensor, in pieces.
-
-    `report_of` a tensor is told of its bytes. Raises StoreError when the disk refuses; the file appears only when it is
-    whole.
-    """
-    with new_file(path) as file:
-        file.write(plan.head)
-        for tensor in plan.tensors:
-            report, begin = report_of(tensor), file.position
-            for piece in values(tensor):
-                file.write(piece)
-                report(len(piece))
-            if file.position != begin + tensor.nbytes:
-                raise ValueError(f"{tensor.name} takes {tensor.nbytes} bytes, not {file.position - begin}")
-            file.write(bytes(_aligned(file.position) - file.position))
-    return file.sha256

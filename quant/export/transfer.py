@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from quant.export.block_reference import nearest_half
 from quant.export.block_types import INT4_32, Q4_0, Q8_0, BlockType
-from quant.export.source import Source
 from quant.formats import QuantTensor
 from quant.packed import BLOCK_K, FAST, Q8, PackedFormat
 from quant.packing import Codes, bf16_of_float, float_of_bf16, unpack
@@ -19,12 +18,6 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 GROUP = 32
 CODES_OF: dict[BlockType, PackedFormat] = {Q4_0: FAST, INT4_32: FAST, Q8_0: Q8}
-
-
-def takes_over(source: Source, name: str, kind: BlockType) -> bool:
-    """Whether `source` holds the matrix `name` in the format whose codes `kind` takes over."""
-    fmt = CODES_OF.get(kind)
-    return fmt is not None and fmt.name in source.representations(name)
 
 
 def transfer(weight: QuantTensor, kind: BlockType) -> Bytes:

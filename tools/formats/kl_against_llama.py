@@ -1,11 +1,13 @@
 """What 4.5 bits a weight of nano-r1's routed experts cost, in our formats and in llama.cpp's Q4_K.
 
-python -m tools.formats.kl_against_llama [--envs DIR] [--json FILE]
+python -m tools.formats.kl_against_llama [--problems 300] [--orders 3] [--formats accurate,Q4_K] [--envs DIR]
 
-The text is made of held-out problems of all tasks with their thinking and answers, each a window of its own. Each
-expert's matrices are put into rows of 256, which Q4_K needs, so that all formats take exactly their bits a weight. They
-are quantised, decoded and written into a bf16 checkpoint like any other, which is compared as `dsr1 eval` does with one
-that holds the published weights. So everything but the experts' values is the same.
+Each expert's matrices are put into rows of 256, which Q4_K needs, so that all formats take exactly their bits a weight.
+They are quantised, decoded and written into a bf16 checkpoint like any other, which is compared with one that holds the
+published weights (tools/formats/divergence.py). So everything but the experts' values is the same.
+
+Which tokens a format happens to hit is chance, and one model is one draw of it. So rows are quantised in several
+orders of their columns, the same for all formats, and a format's divergence of a token is the mean over these.
 """
 
 import argparse
@@ -14,24 +16,19 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from cli.escape import say
 from hybrid_rt import Engine
-from hybrid_rt.evaluate.evaluation import ignore, score_all, windows_of
-from hybrid_rt.evaluate.scores import EngineReference, TokenScores, join
-from hybrid_rt.evaluate.statistics import Estimate, mean
-from hybrid_rt.evaluate.text import Text
+from hybrid_rt.evaluate.scores import TokenScores
 from hybrid_rt.models import NANO_R1
 from quant.checkpoint import Checkpoint
 from quant.packed import ACCURATE, FAST
 from tools.formats.against_llama import ours
+from tools.formats.divergence import Found, dialogues, keep, read_all, show
 from tools.formats.ggml import COLUMNS, Floats, Ggml
-from tools.nano_r1.tasks import TASKS
 
 COLUMNS_OF_ROWS = COLUMNS["Q4_K"]
 Way = Callable[[Floats], Floats]
@@ -59,59 +56,58 @@ def write_checkpoint(folder: Path, way: Way | None) -> Path:
     return folder
 
 
-def dialogues(problems: int) -> Text:
-    """So many held-out problems of each task, thought through and answered."""
-    parts = []
-    for name, task in TASKS.items():
-        rng = Random(f"{name} divergence")
-        for problem in task.test_set(problems):
-            question = task.question(problem, rng).strip()
-            thought = f"<think>\n{task.thinking(problem)}\n</think>\n\n{task.answer(problem)}"
-            parts.append(f"User: {question}\nAssistant: {thought}\n")
-    return Text("\n".join(parts), is_chat=True)
+def in_order(way: Way, order: int) -> Way:
+    """`way` through rows whose columns were shuffled; 0: as they are."""
+    columns = np.random.default_rng(order).permutation(COLUMNS_OF_ROWS) if order else np.arange(COLUMNS_OF_ROWS)
+    back = np.argsort(columns)
+    return lambda rows: way(np.ascontiguousarray(rows[:, columns]))[:, back]
 
 
-def compare(ways: dict[str, Way], text: Text, threads: int) -> tuple[dict[str, TokenScores], list[int]]:
-    """Each way's model against the published weights, token by token; and the tokens of each window."""
-    found = {}
+def compare(ways: dict[str, Way], orders: int, problems: int, threads: int) -> tuple[Found, list[int]]:
+    """Each way's models against the published weights, token by token; and the tokens of each window."""
+    drawn = [(label, in_order(way, order)) for label, way in ways.items() for order in range(orders)]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        reference = Engine.load(write_checkpoint(folder / "reference", None), dtype="float32", threads=threads)
-        for number, (label, way) in enumerate(ways.items()):
-            engine = Engine.load(write_checkpoint(folder / str(number), way), dtype="float32", threads=threads)
-            windows = windows_of(engine, text, None, reference)
-            parts = score_all(engine, windows, EngineReference(reference), ignore)
-            found[label] = join(parts)
-            say(f"{label}: {found[label].kl.mean():.6f}")
-    return found, [len(part.kl) for part in parts]
+        reference, *models = (
+            Engine.load(write_checkpoint(Path(name) / str(number), way), dtype="float32", threads=threads)
+            for number, way in enumerate([None, *(way for _, way in drawn)])
+        )
+        labels = [f"{label}, order {number % orders}" for number, (label, _) in enumerate(drawn)]
+        return read_all(dict(zip(labels, models, strict=True)), reference, dialogues(problems))
+
+
+def over_orders(found: Found, ways: dict[str, Way]) -> Found:
+    """Of each way the mean over its orders, token by token."""
+    of_way = {label: [scores for name, scores in found.items() if name.startswith(f"{label},")] for label in ways}
+    return {
+        label: TokenScores(*(torch.stack(column).mean(0) for column in zip(*scores, strict=True)))
+        for label, scores in of_way.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", type=Path)
     parser.add_argument("--problems", type=int, default=50, help="of each task")
+    parser.add_argument("--orders", type=int, default=3)
+    parser.add_argument("--formats", default="accurate,Q4_K,fast,Q4_0", help="the others are compared with the first")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="the scores of all tokens")
     told = parser.parse_args()
     ggml = Ggml(told.envs)
     ways: dict[str, Way] = {
-        "accurate, 4.5 bits": lambda rows: ours(rows, ACCURATE),
-        "Q4_K, 4.5 bits": lambda rows: ggml.quantised(rows, "Q4_K"),
-        "fast, 4.25 bits": lambda rows: ours(rows, FAST),
-        "Q4_0, 4.5 bits": lambda rows: ggml.quantised(rows, "Q4_0"),
+        "accurate": lambda rows: ours(rows, ACCURATE),
+        "Q4_K": lambda rows: ggml.quantised(rows, "Q4_K"),
+        "fast": lambda rows: ours(rows, FAST),
+        "Q4_0": lambda rows: ggml.quantised(rows, "Q4_0"),
     }
-    found, sizes = compare(ways, dialogues(told.problems), told.threads)
-    print("| experts | KL divergence, 10^-6 nats | 95 % interval | less that of accurate | 95 % interval |")
-    print("|---|---|---|---|---|")
-    first = found["accurate, 4.5 bits"].kl
-    for label, scores in found.items():
-        kl, difference = (_millionths(mean(values, sizes)) for values in (scores.kl, scores.kl - first))
-        print(f"| {label} | {kl} | {difference} |")
-    print(f"{len(first)} tokens of {len(sizes)} windows.")
-
-
-def _millionths(figure: Estimate) -> str:
-    value, low, high = (1e6 * number for number in (figure.value, figure.low, figure.high))
-    return f"{value:.1f} | {low:.1f} to {high:.1f}"
+    ways = {name: ways[name] for name in told.formats.split(",")}
+    found, sizes = compare(ways, told.orders, told.problems, told.threads)
+    if told.keep is not None:
+        keep(told.keep, found, sizes)
+    show(over_orders(found, ways), sizes, "experts")
+    for order in range(told.orders):
+        print(f"Order {order}:")
+        show({label: scores for label, scores in found.items() if label.endswith(f"order {order}")}, sizes, "experts")
 
 
 if __name__ == "__main__":
