@@ -24,11 +24,12 @@ from offload.benchmark.measure import Run, Runs, seconds_of
 from offload.benchmark.plot import check_plot, draw_roofline
 from offload.benchmark.report import Point, Report, Wanted, measure_shape, plural
 from offload.benchmark.use import MemoryUse, anonymous_bytes, memory_use
-from offload.costs import Costs, at_bandwidth
+from offload.costs import Costs, with_waiting
 from offload.experts import CpuExperts
 from offload.hardware import usable_ram
 from offload.machine import Machine, mean_of
 from offload.probe import probe
+from offload.probe_memory import waiting_ns
 from offload.sizes import format_size
 from offload.this_machine import keep
 from quant import isa
@@ -254,7 +255,8 @@ def bench_engine(options: RunOptions, as_json: bool) -> None:
     resolve_model(options.model, None, [])  # what is not there is told before the machine is measured
     use_threads(options.threads)
     machine, (engine, speeds, read, memory) = between_probes(lambda: measure_engine(options))
-    predicted = predict(engine, at_bandwidth(machine, read.bytes_s), speeds)
+    say("measuring how long kernels wait for the experts' memory")
+    predicted = predict(engine, with_waiting(machine, waiting_ns(cpu_experts(engine))), speeds)
     figures = engine_figures(options.model, engine, speeds, read, predicted, memory)
     if as_json:
         print(json.dumps(asdict(figures)))
@@ -283,10 +285,14 @@ def measure_engine(options: RunOptions) -> tuple[Engine, Speeds, Runs, MemoryUse
     speeds = measure_speeds(engine)
     memory = memory_use(engine.plan, engine.folder, before)
     say("measuring the memory's read bandwidth")
-    blocks = [block.ffn for block in engine.transformer.layers]
-    experts = [ffn.experts for ffn in blocks if isinstance(ffn, MoE) and isinstance(ffn.experts, CpuExperts)]
-    _, read = fastest_read(expert_ranges(experts, ENOUGH_BYTES))
+    _, read = fastest_read(expert_ranges(cpu_experts(engine), ENOUGH_BYTES))
     return engine, speeds, read, memory
+
+
+def cpu_experts(engine: Engine) -> list[CpuExperts]:
+    """The routed experts of each layer that the CPU runs."""
+    blocks = [block.ffn for block in engine.transformer.layers]
+    return [ffn.experts for ffn in blocks if isinstance(ffn, MoE) and isinstance(ffn.experts, CpuExperts)]
 
 
 def engine_figures(

@@ -150,7 +150,21 @@ class Costs:
         if placement.tier == "gpu":
             values = BLOCK * placement.nbytes / block_bytes(placement.representation)
             return self._on_gpu(placement.nbytes, 2 * values * tokens)
-        return self.weights(self.machine.matrices, placement.representation, placement.nbytes, tokens)
+        times = self.weights(self.machine.matrices, placement.representation, placement.nbytes, tokens)
+        return _sum(times, self._results(tokens * self._rows(placement), self.machine.matrix_output_ns))
+
+    def _rows(self, placement: Placement) -> int:
+        """Results for a token of all matrices of a component."""
+        config = self.config
+        shared = config.n_shared_experts * config.moe_inter_dim
+        rows = {
+            "attention": config.q_lora_rank + config.n_heads * config.qk_head_dim + config.latent_dim + config.dim,
+            "dense": 2 * config.inter_dim + config.dim,
+            "shared_expert": 2 * shared + config.dim,
+            "router": config.n_routed_experts,
+            "head": config.vocab_size,
+        }
+        return rows.get(placement.component, 0)
 
     def weights(self, table: Mapping[str, Points], representation: str, nbytes: float, tokens: float) -> Times:
         """Weights on the CPU, each used by `tokens` tokens. table: of experts or of other matrices."""
@@ -164,7 +178,11 @@ class Costs:
         total = Times({STEPS: self.machine.experts_s})
         for name, share in _shares(representation):
             total.add(self.weights(self.machine.experts, name, share * touched * record_bytes, pairs / touched))
-        return total
+        outputs = pairs * (2 * self.config.moe_inter_dim + self.config.dim)
+        return _sum(total, self._results(outputs, self.machine.expert_output_ns))
+
+    def _results(self, count: float, each_ns: float) -> Times:
+        return Times({COMPUTING: count * each_ns * 1e-9 / self.machine.cores})
 
     def experts_alone(self, representation: str, record_bytes: float, touched: float, pairs: float) -> Times:
         """The same in a call of their own."""
@@ -195,6 +213,8 @@ class Costs:
             blocks = -(-seen // PREFILL_BLOCK)
             made = self.weights(machine.matrices, kv_b.representation, kv_b.nbytes, seen / blocks)
             times.add(Times({name: blocks * seconds for name, seconds in made.items()}))
+            rows = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+            times.add(self._results(seen * rows, machine.matrix_output_ns))
             visible = seen - tokens / 2  # on average, as a token does not see those after it
             width = config.qk_head_dim + config.v_head_dim
             nanoseconds = machine.decompressed_ns * tokens * config.n_heads * visible * width
@@ -250,14 +270,13 @@ class Costs:
         return self.machine.gpu
 
 
-def at_bandwidth(machine: Machine, read_bytes_s: float) -> Machine:
-    """The machine with weights in memory that is read at another rate: each block takes the difference longer."""
-    per_byte = 1e9 * machine.cores * (1 / read_bytes_s - 1 / machine.read_bytes_s)
+def with_waiting(machine: Machine, byte_ns: float) -> Machine:
+    """The machine with weights in memory where a core waits so many ns longer for each byte."""
 
     def table(times: Mapping[str, Points]) -> dict[str, Points]:
-        return {name: _later(points, block_bytes(name) * per_byte) for name, points in times.items()}
+        return {name: _later(points, block_bytes(name) * byte_ns) for name, points in times.items()}
 
-    return replace(machine, read_bytes_s=read_bytes_s, experts=table(machine.experts), matrices=table(machine.matrices))
+    return replace(machine, experts=table(machine.experts), matrices=table(machine.matrices))
 
 
 def _later(points: Points, ns: float) -> Points:

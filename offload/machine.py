@@ -56,12 +56,13 @@ class Machine:
     """Times are those of one core while all others work, too, with weights from memory; rates are of the whole machine.
 
     source: where the figures are from. date: of the measurement, empty for data sheets. cores: that run kernels.
-    nodes: of NUMA. ram: bytes. read_bytes_s: plain reading of memory with all cores. experts, matrices: for a format,
-    how long a block of 16 x 128 weights of a layer of experts, or of another matrix, takes: (tokens that use it, ns),
-    ascending. experts_s, matrix_s: that a kernel of either takes beside its blocks. call_s: of a small kernel.
-    eager_s: of an operator beside its kernels, where no recording is played (quant/tape.py). value_ns: of a value that
-    a small step reads and writes. heads_ns: of a block of wkv_b, packed, in absorbed attention. absorbed_ns,
-    decompressed_ns: of a multiplication in either form of attention.
+    nodes: of NUMA. ram: bytes. read_bytes_s: plain reading of memory with all cores.
+    experts, matrices: for a format, how long a block of 16 x 128 weights of a layer of experts, or of another matrix,
+    takes: (tokens that use it, ns), ascending. expert_output_ns, matrix_output_ns: besides, of each token's result.
+    experts_s, matrix_s: besides, of a kernel of either. heads_ns: of a block of packed wkv_b in absorbed attention.
+    absorbed_ns, decompressed_ns: of a multiplication in either form of attention.
+    call_s: of a small kernel. eager_s: of an operator beside its kernels, where no recording is played (quant/tape.py).
+    value_ns: of a value that a small step reads and writes.
     """
 
     name: str
@@ -74,6 +75,8 @@ class Machine:
     read_bytes_s: float
     experts: Mapping[str, Points]
     matrices: Mapping[str, Points]
+    expert_output_ns: float
+    matrix_output_ns: float
     experts_s: float
     matrix_s: float
     call_s: float

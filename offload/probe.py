@@ -21,28 +21,44 @@ import torch
 from torch import Tensor
 
 from offload.benchmark.limits import fastest_read
+from offload.benchmark.weights import fill_records
 from offload.gpu_probe import measure_gpu
 from offload.machine import Machine, Points
 from offload.memory import huge_memory
-from offload.probe_rows import ProbeExperts, ProbeMatrices, called, core_ns, plain_points, played
+from offload.probe_rows import (
+    BLOCK,
+    DIM,
+    INTER,
+    TOUCHED,
+    beginnings,
+    called,
+    core_ns,
+    expert_points,
+    experts_beginning_s,
+    matrices_of,
+    matrix_points,
+    plain_points,
+    played,
+)
 from offload.this_machine import known_gpu
 from offload.topology import read_topology
 from quant import isa, model_ops
 from quant.conversion import converted
 from quant.kernels.bandwidth import PAGE
 from quant.kernels.threads import thread_count
-from quant.packed import ACCURATE, FAST, Q8
+from quant.packed import ACCURATE, BLOCK_K, FAST, Q8, TILE_ROWS, ExpertRecord
 
 FORMATS = (ACCURATE, Q8, FAST)  # of the last one beginnings are measured, and wkv_b
-READ_BYTES = 2**31  # several times the largest caches
-STEPS, MANY_ROWS, WIDTH = 256, 512, 2048  # small steps in a row; tokens and values of a token
+READ_BYTES = 3 * 2**29  # several times the largest caches
+STEPS, WIDTH = 256, 2048  # small steps in a row; values of a token
+TENSORS, MANY_ROWS = 32, 512  # of many tokens
 HEADS, NOPE, ROPE, LORA, VALUE = 16, 128, 64, 512, 128  # of attention
 NEAR, SEEN, FAR = 16, 1024, 4096  # tokens of a context
 Tell = Callable[[str], None]
 
 
 def probe(tell: Tell) -> Machine:
-    """Measure with as many threads as are set; takes up to 3 GiB of RAM, less where less is there.
+    """Measure with as many threads as are set; takes up to 2 GiB of RAM, less where less is there.
 
     Kernels should be compiled before (quant/kernels/ahead.py).
     """
@@ -71,20 +87,33 @@ def _weights(memory: Tensor) -> dict[str, Any]:
     experts: dict[str, Points] = {}
     matrices: dict[str, Points] = {"f32": plain_points(memory)}
     for fmt in FORMATS:
-        layer = ProbeExperts(fmt, memory)
-        single = ProbeMatrices(layer)
-        experts[fmt.name], matrices[fmt.name] = layer.points(), single.points()
+        record = ExpertRecord(fmt, DIM, INTER)
+        records = _records(record, memory)
+        experts[fmt.name], expert_output_ns = expert_points(records, record)
+        matrices[fmt.name], matrix_output_ns = matrix_points(records, record)
+    matrix_s, eager_s = beginnings(records, record)
     absorbed_ns = _absorbed_ns()
     return {
         "experts": experts,
         "matrices": matrices,
-        "experts_s": layer.beginning_s(),
-        "matrix_s": single.beginning_s(),
-        "eager_s": single.eager_s(),
-        "heads_ns": _heads_ns(single.heads((HEADS, NOPE + VALUE, LORA)), absorbed_ns),
+        "expert_output_ns": expert_output_ns,
+        "matrix_output_ns": matrix_output_ns,
+        "experts_s": experts_beginning_s(records, record),
+        "matrix_s": matrix_s,
+        "eager_s": eager_s,
+        "heads_ns": _heads_ns(_heads(records, record), absorbed_ns),
         "absorbed_ns": absorbed_ns,
         "decompressed_ns": _decompressed_ns(),
     }
+
+
+def _records(record: ExpertRecord, memory: Tensor) -> Tensor:
+    """Random experts, as many calls of them as `memory` holds, and at least one."""
+    count = max(TOUCHED, memory.nbytes // record.nbytes // TOUCHED * TOUCHED)
+    room = memory if memory.nbytes >= count * record.nbytes else huge_memory(count * record.nbytes)
+    records = room[: count * record.nbytes].view(count, record.nbytes)
+    fill_records(record, records, 0)
+    return records
 
 
 def _steps() -> dict[str, float]:
@@ -97,9 +126,18 @@ def _steps() -> dict[str, float]:
             y = model_ops.rms_norm(y, weight, 1e-6)
         return y
 
-    many = torch.randn(MANY_ROWS, WIDTH)
-    convert = called(lambda: converted(converted(many, torch.bfloat16), torch.float32))
-    return {"call_s": played(row) / STEPS, "value_ns": core_ns(convert, 2 * many.numel())}
+    many = torch.randn(TENSORS, MANY_ROWS, WIDTH)  # more than caches hold, as weights are read between small steps
+    convert = called(lambda: [converted(each, torch.bfloat16) for each in many])
+    [seconds] = played(row)
+    return {"call_s": seconds / STEPS, "value_ns": core_ns(convert, many.numel())}
+
+
+def _heads(records: Tensor, record: ExpertRecord) -> list[Tensor]:
+    """Two packed wkv_b of each matrix: [heads, tiles, blocks, bytes of a block]."""
+    blocks, size = HEADS * (NOPE + VALUE) * LORA // BLOCK, record.format.block_bytes
+    parts = [part for matrix in matrices_of(records, record) for part in matrix.split(blocks * size)[:2]]
+    whole = [part for part in parts if part.numel() == blocks * size]
+    return [part.view(HEADS, (NOPE + VALUE) // TILE_ROWS, LORA // BLOCK_K, size) for part in whole]
 
 
 def _heads_ns(heads: Sequence[Tensor], absorbed_ns: float) -> float:
@@ -112,7 +150,8 @@ def _heads_ns(heads: Sequence[Tensor], absorbed_ns: float) -> float:
         return out
 
     blocks = heads[0].numel() / heads[0].shape[-1]
-    each = core_ns(played(work), len(heads))
+    [seconds] = played(work)
+    each = core_ns(seconds, len(heads))
     return max(1.0, (each - absorbed_ns * _absorbed_work(NEAR)) / blocks)
 
 
@@ -120,11 +159,12 @@ def _absorbed_ns() -> float:
     """A multiplication of the absorbed form: of a long context, without those of a shorter one."""
     wkv_b = torch.randn(HEADS, NOPE + VALUE, LORA).bfloat16()
 
-    def timed(seen: int) -> float:
-        queries, cached = _queries(1), torch.randn(seen, LORA + ROPE).bfloat16()
-        return played(lambda: model_ops.attend_absorbed(*queries, cached, wkv_b, 0.1))
-
-    return core_ns(max(timed(FAR) - timed(FAR // 2), 1e-6), _absorbed_work(FAR) - _absorbed_work(FAR // 2))
+    queries, cached = _queries(1), torch.randn(FAR, LORA + ROPE).bfloat16()
+    far, near = played(
+        lambda: model_ops.attend_absorbed(*queries, cached, wkv_b, 0.1),
+        lambda: model_ops.attend_absorbed(*queries, cached[: FAR // 2], wkv_b, 0.1),
+    )
+    return core_ns(max(far - near, 1e-6), _absorbed_work(FAR) - _absorbed_work(FAR // 2))
 
 
 def _absorbed_work(seen: int) -> int:

@@ -1,6 +1,10 @@
-"""Rows of calls of the kernels for weights, for offload/probe.py: experts of a format, and their matrices alone."""
+"""Rows of calls of the kernels for weights, for offload/probe.py: experts of a format, and their matrices alone.
 
-from collections.abc import Callable
+The same blocks serve for experts and matrices of other shapes, as each tells its own scales: that shows what a result
+costs beside the blocks that it is made from.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -9,10 +13,8 @@ from torch import Tensor
 
 from offload.backend import CpuBackend
 from offload.benchmark.measure import seconds_of
-from offload.benchmark.weights import fill_records
 from offload.experts import CpuExperts, ExpertBuffers, PackedExperts
 from offload.machine import Points
-from offload.memory import huge_memory
 from quant.kernels.threads import thread_count
 from quant.packed import BLOCK_K, TILE_ROWS, ExpertRecord, PackedFormat
 from quant.shapes import known_shape
@@ -20,9 +22,10 @@ from quant.tape import PASSES, Repeated
 
 DIM, INTER, TOP_K = 6144, 1536, 4  # of the experts that are measured: no model's
 TOUCHED = 16  # experts of a call
-EXPERT_TOKENS = (1, 2, 4, 5, 16, 64, 192)  # of an expert
+EXPERT_TOKENS = (1, 4, 5, 16, 64, 192)  # of an expert
 MATRIX_TOKENS = (1, 4, 16, 128, 512)
-CALLS = 3  # of a row for more than one token
+WIDER = 6  # times as many rows of a sixth of the columns, where results are measured,
+MANY = 128  # tokens of a matrix and of an expert there
 SLICES = 6  # of a matrix, where many small ones are measured
 PLAIN_ROWS = 256  # of a matrix of float32
 RUNS = 3
@@ -30,11 +33,15 @@ LEAST_S = 1e-9  # where noise hides a difference
 BLOCK = TILE_ROWS * BLOCK_K
 
 
-def played(work: Callable[[], Tensor]) -> float:
-    """Seconds of a row of kernels as decoding plays it (quant/tape.py)."""
-    repeated = Repeated()
-    runs = [seconds_of(lambda position=position: repeated.run(position, work)) for position in range(PASSES + RUNS)]  # type: ignore[misc]
-    return median(runs[PASSES:])
+def played(*works: Callable[[], Tensor]) -> list[float]:
+    """Seconds of rows of kernels as decoding plays them (quant/tape.py); rows take turns."""
+    rows = [(Repeated(), work) for work in works]
+    rounds = [[_play(row, work, position) for row, work in rows] for position in range(PASSES + RUNS)]
+    return [median(runs) for runs in zip(*rounds[PASSES:], strict=True)]
+
+
+def _play(row: Repeated, work: Callable[[], Tensor], position: int) -> float:
+    return seconds_of(lambda: row.run(position, work))
 
 
 def called(row: Callable[[], object]) -> float:
@@ -47,41 +54,39 @@ def core_ns(seconds: float, blocks: float) -> float:
     return 1e9 * seconds * thread_count() / blocks
 
 
-class ProbeExperts:
-    """As many random experts as `memory` holds, at least TOUCHED, and calls that go through them."""
+def few(tokens: int) -> int:
+    """Calls of a row: fewer where each takes longer."""
+    return 3 if tokens < MANY else 1
 
-    def __init__(self, fmt: PackedFormat, memory: Tensor) -> None:
-        self.record = record = ExpertRecord(fmt, DIM, INTER)
-        count = max(TOUCHED, memory.nbytes // record.nbytes) // TOUCHED * TOUCHED
-        room = memory if memory.nbytes >= count * record.nbytes else huge_memory(count * record.nbytes)
-        self.records = room[: count * record.nbytes].view(count, record.nbytes)
-        fill_records(record, self.records, 0)
+
+class ProbeExperts:
+    """Calls of a layer that go through `records`, a whole number of times TOUCHED."""
+
+    def __init__(self, records: Tensor, record: ExpertRecord) -> None:
+        self.records, self.record = records, record
         shape = known_shape("moonshotai/Moonlight-16B-A3B")
         assert shape is not None
-        config = replace(shape.config, dim=DIM, moe_inter_dim=INTER, n_routed_experts=count, n_activated_experts=TOP_K)
+        config = replace(shape.config, dim=record.dim, moe_inter_dim=record.inter_dim)
+        config = replace(config, n_routed_experts=len(records), n_activated_experts=TOP_K)
         backend = CpuBackend()
-        buffers = ExpertBuffers(config, backend, TOUCHED * EXPERT_TOKENS[-1] // TOP_K)
-        self.layer = CpuExperts(PackedExperts(self.records, record), backend, buffers)
+        buffers = ExpertBuffers(config, backend, TOUCHED * max(*EXPERT_TOKENS, MANY) // TOP_K)
+        self.layer = CpuExperts(PackedExperts(records, record), backend, buffers)
         self.first = 0  # expert of the next call
 
-    def points(self) -> Points:
-        """(tokens of an expert, ns of a core for a block)."""
-        blocks = TOUCHED * 3 * DIM * INTER / BLOCK
-        found = [(1, core_ns(played(self._whole(TOUCHED)), len(self.records) / TOUCHED * blocks))]
-        for tokens in EXPERT_TOKENS[1:]:
-            found.append((tokens, core_ns(called(self._row(tokens)), CALLS * blocks)))
-        return tuple(found)
+    @property
+    def outputs(self) -> int:
+        """Results for a token: gates, values beside them, and the sum."""
+        return 2 * self.record.inter_dim + self.record.dim
 
-    def beginning_s(self) -> float:
-        """What a layer takes beside its blocks: all experts in calls of TOP_K, beside calls of TOUCHED."""
-        more = len(self.records) / TOP_K - len(self.records) / TOUCHED
-        return max(LEAST_S, played(self._whole(TOP_K)) - played(self._whole(TOUCHED))) / more
+    def call_s(self, tokens: int) -> float:
+        """Of a call with so many tokens an expert."""
+        return called(self._row(tokens)) / few(tokens)
 
-    def _whole(self, touched: int) -> Callable[[], Tensor]:
+    def whole(self, touched: int) -> Callable[[], Tensor]:
         """Calls of one token an expert that touch all experts, `touched` at a time."""
         tokens = touched // TOP_K
         asked = torch.arange(len(self.records)).view(-1, tokens, TOP_K)
-        x, weights = torch.randn(tokens, DIM), torch.rand(tokens, TOP_K)
+        x, weights = torch.randn(tokens, self.record.dim), torch.rand(tokens, TOP_K)
 
         def work() -> Tensor:
             for ids in asked:
@@ -91,13 +96,13 @@ class ProbeExperts:
         return work
 
     def _row(self, each: int) -> Callable[[], None]:
-        """CALLS calls with `each` tokens an expert, each time of the experts that were not used for longest."""
+        """Calls with `each` tokens an expert, each time of the experts that were not used for longest."""
         tokens = TOUCHED * each // TOP_K
         asked = torch.arange(tokens * TOP_K) % TOUCHED
-        x, weights = torch.randn(tokens, DIM), torch.rand(tokens, TOP_K)
+        x, weights = torch.randn(tokens, self.record.dim), torch.rand(tokens, TOP_K)
 
         def row() -> None:
-            for _ in range(CALLS):
+            for _ in range(few(each)):
                 ids = (asked + self.first).view(tokens, TOP_K)
                 self.first = (self.first + TOUCHED) % len(self.records)
                 self.layer.sync(self.layer.submit(x, ids, weights))
@@ -105,65 +110,93 @@ class ProbeExperts:
         return row
 
 
-class ProbeMatrices:
-    """The matrices of the experts, all taken as [INTER, DIM], one by one."""
+def expert_points(records: Tensor, record: ExpertRecord) -> tuple[Points, float]:
+    """(tokens of an expert, ns of a core for a block) without results, and the ns of a core for a result."""
+    layer = ProbeExperts(records, record)
+    wider = ProbeExperts(records, ExpertRecord(record.format, DIM // WIDER, INTER * WIDER))
+    blocks = TOUCHED * 3 * DIM * INTER / BLOCK
+    more = TOUCHED * MANY * (wider.outputs - layer.outputs)
+    output_ns = core_ns(max(LEAST_S, wider.call_s(MANY) - layer.call_s(MANY)), more)
+    [seconds] = played(layer.whole(TOUCHED))
+    found = [(1, core_ns(seconds, len(records) / TOUCHED * blocks))]
+    found += [(tokens, core_ns(layer.call_s(tokens), blocks)) for tokens in EXPERT_TOKENS[1:]]
+    return _without(found, output_ns * TOUCHED * layer.outputs / blocks), output_ns
 
-    def __init__(self, experts: ProbeExperts) -> None:
-        record = experts.record
-        self.format, size = record.format, record.w3
-        self.matrices = [one[at : at + size] for one in experts.records for at in range(0, 3 * size, size)]
+
+def experts_beginning_s(records: Tensor, record: ExpertRecord) -> float:
+    """What a layer takes beside its blocks: all experts in calls of TOP_K, beside calls of TOUCHED."""
+    layer = ProbeExperts(records, record)
+    small, large = played(layer.whole(TOP_K), layer.whole(TOUCHED))
+    return max(LEAST_S, small - large) / (len(records) / TOP_K - len(records) / TOUCHED)
+
+
+class ProbeMatrices:
+    """Matrices [rows, columns] in a format, one by one."""
+
+    def __init__(self, matrices: Sequence[Tensor], fmt: PackedFormat, shape: tuple[int, int]) -> None:
+        self.matrices, self.format, self.shape = matrices, fmt, shape
         self.next = 0
 
-    def points(self) -> Points:
-        """(tokens, ns of a core for a block)."""
-        blocks = INTER * DIM / BLOCK
-        found = [(1, core_ns(played(self._whole(1)), len(self.matrices) * blocks))]
-        for tokens in MATRIX_TOKENS[1:]:
-            found.append((tokens, core_ns(called(self._row(tokens)), 3 * CALLS * blocks)))
-        return tuple(found)
+    def call_s(self, tokens: int) -> float:
+        """Of a matrix with so many tokens."""
+        x, count = torch.randn(tokens, self.shape[1]), 3 * few(tokens)
 
-    def beginning_s(self) -> float:
-        """What a matrix takes beside its blocks: all matrices in slices, beside whole ones."""
-        more = (SLICES - 1) * len(self.matrices)
-        return max(LEAST_S, played(self._whole(SLICES)) - played(self._whole(1))) / more
+        def row() -> None:
+            for _ in range(count):
+                self._multiply(x, self.matrices[self.next], self.shape[0])
+                self.next = (self.next + 1) % len(self.matrices)
 
-    def eager_s(self) -> float:
-        """What an operator takes beside its kernels."""
-        work = self._whole(SLICES)
-        return max(LEAST_S, called(work) - played(work)) / (SLICES * len(self.matrices))
+        return called(row) / count
 
-    def heads(self, shape: tuple[int, int, int]) -> list[Tensor]:
-        """Some of each matrix as a packed wkv_b of `shape`: heads, rows of a head, columns."""
-        heads, rows, columns = shape
-        blocks = heads * rows * columns // BLOCK
-        parts = [matrix.view(-1, self.format.block_bytes)[:blocks] for matrix in self.matrices]
-        return [part.reshape(heads, rows // TILE_ROWS, columns // BLOCK_K, -1) for part in parts]
-
-    def _whole(self, slices: int) -> Callable[[], Tensor]:
+    def whole(self, slices: int) -> Callable[[], Tensor]:
         """All matrices with one token, each in so many slices."""
-        x = torch.randn(1, DIM)
+        rows, columns = self.shape
+        x = torch.randn(1, columns)
         parts = [part for matrix in self.matrices for part in matrix.chunk(slices)]
 
         def work() -> Tensor:
             for part in parts:
-                out = self._multiply(x, part, INTER // slices)
+                out = self._multiply(x, part, rows // slices)
             return out
 
         return work
 
-    def _row(self, tokens: int) -> Callable[[], None]:
-        x = torch.randn(tokens, DIM)
-
-        def row() -> None:
-            for _ in range(3 * CALLS):
-                self._multiply(x, self.matrices[self.next], INTER)
-                self.next = (self.next + 1) % len(self.matrices)
-
-        return row
-
     def _multiply(self, x: Tensor, matrix: Tensor, rows: int) -> Tensor:
-        out: Tensor = torch.ops.dsr1.packed_linear.default(x, matrix, self.format.name, rows, DIM)
+        out: Tensor = torch.ops.dsr1.packed_linear.default(x, matrix, self.format.name, rows, self.shape[1])
         return out
+
+
+def matrices_of(records: Tensor, record: ExpertRecord) -> list[Tensor]:
+    """The matrices of experts, each of as many blocks as w1."""
+    size = record.w3
+    return [one[at : at + size] for one in records for at in range(0, 3 * size, size)]
+
+
+def matrix_points(records: Tensor, record: ExpertRecord) -> tuple[Points, float]:
+    """(tokens, ns of a core for a block) without results, and the ns of a core for a result."""
+    matrices, blocks = matrices_of(records, record), INTER * DIM / BLOCK
+    single = ProbeMatrices(matrices, record.format, (INTER, DIM))
+    wider = ProbeMatrices(matrices, record.format, (INTER * WIDER, DIM // WIDER))
+    more = MANY * (wider.shape[0] - INTER)
+    output_ns = core_ns(max(LEAST_S, wider.call_s(MANY) - single.call_s(MANY)), more)
+    [seconds] = played(single.whole(1))
+    found = [(1, core_ns(seconds, len(matrices) * blocks))]
+    found += [(tokens, core_ns(single.call_s(tokens), blocks)) for tokens in MATRIX_TOKENS[1:]]
+    return _without(found, output_ns * INTER / blocks), output_ns
+
+
+def beginnings(records: Tensor, record: ExpertRecord) -> tuple[float, float]:
+    """What a matrix takes beside its blocks: all in slices, beside whole ones. What operators take beside kernels."""
+    single = ProbeMatrices(matrices_of(records, record), record.format, (INTER, DIM))
+    count = len(single.matrices)
+    small, large = played(single.whole(SLICES), single.whole(1))
+    operators = called(single.whole(SLICES))
+    return max(LEAST_S, small - large) / ((SLICES - 1) * count), max(LEAST_S, operators - small) / (SLICES * count)
+
+
+def _without(points: Sequence[tuple[float, float]], outputs_ns: float) -> Points:
+    """Points without what the results of each token take, in a block's share."""
+    return tuple((tokens, max(ns / 4, ns - tokens * outputs_ns)) for tokens, ns in points)
 
 
 def plain_points(memory: Tensor) -> Points:
@@ -183,8 +216,7 @@ def plain_points(memory: Tensor) -> Points:
 
         return work
 
-    found = [(1, core_ns(played(row(1, count)), count * blocks))]
-    for tokens in MATRIX_TOKENS[2:]:
-        number = min(count, CALLS)
-        found.append((tokens, core_ns(called(row(tokens, number)), number * blocks)))
+    [seconds] = played(row(1, count))
+    found = [(1, core_ns(seconds, count * blocks))]
+    found += [(tokens, core_ns(called(row(tokens, 1)), blocks)) for tokens in MATRIX_TOKENS[2:]]
     return tuple(found)

@@ -27,11 +27,10 @@ from offload.checks.software import operating_system, packages
 from offload.checks.speeds import kept_speeds
 from offload.doctor import examine
 from offload.hardware import Gpu, GpuMemory, cpu_quota, lockable, memory_limit
-from offload.machine import Machine, load_machine
+from offload.machine import load_machine
 from offload.this_machine import TYPICAL
 from offload.topology import Node, Topology
 from quant.errors import CheckpointError, UsageError
-from quant.packed import ACCURATE, FAST
 
 GIB = 2**30
 VNNI = "fpu avx2 avx512bw avx512_vnni avx_vnni"
@@ -345,29 +344,6 @@ def test_speeds_that_were_kept_are_told_with_their_date(monkeypatch: pytest.Monk
     assert (
         told.startswith("of 2026-02-03: memory 522.2 GB/s") and "RTX 4090 (sm 8.9): 1,008 GB/s, PCIe 25 there" in told
     )
-
-
-def test_a_probe_s_figures_are_of_the_right_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On little memory: kernels of the probe run, and give times that a processor can have."""
-    from offload import probe as probe_module
-    from offload import probe_rows
-
-    monkeypatch.setattr(probe_module, "READ_BYTES", 2**24)
-    monkeypatch.setattr(probe_module, "FORMATS", (ACCURATE, FAST))
-    for name, value in {
-        "DIM": 512,
-        "INTER": 128,
-        "EXPERT_TOKENS": (1, 8),
-        "MATRIX_TOKENS": (1, 4, 8),
-        "RUNS": 1,
-    }.items():
-        monkeypatch.setattr(probe_rows, name, value)
-    machine = probe_module.probe(lambda _: None)
-    assert Machine.from_fields(json.loads(machine.to_json()), "probe") == machine
-    assert [tokens for tokens, _ in machine.experts["accurate"]] == [1, 8]
-    assert [tokens for tokens, _ in machine.matrices["fast"]] == [1, 4, 8] and "f32" in machine.matrices
-    assert all(1 < ns < 1e7 for points in machine.experts.values() for _, ns in points)
-    assert 1e8 < machine.read_bytes_s < 1e13 and 1e-8 < machine.call_s < 1 and machine.date
 
 
 def test_a_machine_that_tells_nothing_is_examined_all_the_same(tmp_path: Path) -> None:
