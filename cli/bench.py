@@ -26,12 +26,12 @@ from offload.benchmark.report import Point, Report, Wanted, measure_shape, plura
 from offload.benchmark.use import MemoryUse, anonymous_bytes, memory_use
 from offload.costs import Costs, with_waiting
 from offload.experts import CpuExperts
-from offload.hardware import usable_ram
+from offload.hardware import allowed_cores, usable_ram
 from offload.machine import Machine, mean_of
 from offload.probe import probe
 from offload.probe_memory import waiting_ns
 from offload.sizes import format_size
-from offload.this_machine import keep
+from offload.this_machine import keep, measured_machine
 from quant import isa
 from quant.config import ModelConfig, load_config
 from quant.errors import StoreError, UsageError
@@ -267,14 +267,16 @@ def bench_engine(options: RunOptions, as_json: bool) -> None:
 def between_probes(measure: Callable[[], Measured]) -> tuple[Machine, Measured]:
     """This machine as it was measured before and after `measure`, and what that returns.
 
-    Its speeds change by the minute where others use it, too. The mean is kept for `dsr1 plan`, if it can be.
+    Its speeds change by the minute where others use it, too. What `dsr1 plan` predicts with stays as it is, so that
+    plans stay the same; only where nothing was measured yet, the mean is kept.
     """
     compile_ahead([*PACKED_KERNELS, *MEASURING_KERNELS], show_compiling)
     before = probe(say)
     measured = measure()
     machine = mean_of(before, probe(say))
-    with suppress(StoreError, OSError):
-        keep(machine)
+    if measured_machine() is None and machine.cores == allowed_cores():
+        with suppress(StoreError, OSError):
+            keep(machine)
     return machine, measured
 
 

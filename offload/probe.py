@@ -163,6 +163,7 @@ def _absorbed_ns() -> float:
     far, near = played(
         lambda: model_ops.attend_absorbed(*queries, cached, wkv_b, 0.1),
         lambda: model_ops.attend_absorbed(*queries, cached[: FAR // 2], wkv_b, 0.1),
+        typical=min,
     )
     return core_ns(max(far - near, 1e-6), _absorbed_work(FAR) - _absorbed_work(FAR // 2))
 

@@ -31,22 +31,26 @@ PLAIN_ROWS = 256  # of a matrix of float32
 RUNS = 3
 LEAST_S = 1e-9  # where noise hides a difference
 BLOCK = TILE_ROWS * BLOCK_K
+Typical = Callable[[Sequence[float]], float]
 
 
-def played(*works: Callable[[], Tensor]) -> list[float]:
-    """Seconds of rows of kernels as decoding plays them (quant/tape.py); rows take turns."""
+def played(*works: Callable[[], Tensor], typical: Typical = median) -> list[float]:
+    """Seconds of rows of kernels as decoding plays them (quant/tape.py); rows take turns.
+
+    typical: min where two rows are compared that differ by little.
+    """
     rows = [(Repeated(), work) for work in works]
     rounds = [[_play(row, work, position) for row, work in rows] for position in range(PASSES + RUNS)]
-    return [median(runs) for runs in zip(*rounds[PASSES:], strict=True)]
+    return [typical(runs) for runs in zip(*rounds[PASSES:], strict=True)]
 
 
 def _play(row: Repeated, work: Callable[[], Tensor], position: int) -> float:
     return seconds_of(lambda: row.run(position, work))
 
 
-def called(row: Callable[[], object]) -> float:
+def called(row: Callable[[], object], typical: Typical = median) -> float:
     """Seconds of a row of operators; the first run does not count."""
-    return median([seconds_of(row) for _ in range(1 + RUNS)][1:])
+    return typical([seconds_of(row) for _ in range(1 + RUNS)][1:])
 
 
 def core_ns(seconds: float, blocks: float) -> float:
@@ -62,14 +66,14 @@ def few(tokens: int) -> int:
 class ProbeExperts:
     """Calls of a layer that go through `records`, a whole number of times TOUCHED."""
 
-    def __init__(self, records: Tensor, record: ExpertRecord) -> None:
-        self.records, self.record = records, record
+    def __init__(self, records: Tensor, record: ExpertRecord, top_k: int = TOP_K) -> None:
+        self.records, self.record, self.top_k = records, record, top_k
         shape = known_shape("moonshotai/Moonlight-16B-A3B")
         assert shape is not None
         config = replace(shape.config, dim=record.dim, moe_inter_dim=record.inter_dim)
-        config = replace(config, n_routed_experts=len(records), n_activated_experts=TOP_K)
+        config = replace(config, n_routed_experts=len(records), n_activated_experts=top_k)
         backend = CpuBackend()
-        buffers = ExpertBuffers(config, backend, TOUCHED * max(*EXPERT_TOKENS, MANY) // TOP_K)
+        buffers = ExpertBuffers(config, backend, TOUCHED * max(*EXPERT_TOKENS, MANY) // top_k)
         self.layer = CpuExperts(PackedExperts(records, record), backend, buffers)
         self.first = 0  # expert of the next call
 
@@ -78,15 +82,15 @@ class ProbeExperts:
         """Results for a token: gates, values beside them, and the sum."""
         return 2 * self.record.inter_dim + self.record.dim
 
-    def call_s(self, tokens: int) -> float:
+    def call_s(self, tokens: int, typical: Typical = median) -> float:
         """Of a call with so many tokens an expert."""
-        return called(self._row(tokens)) / few(tokens)
+        return called(self._row(tokens), typical) / few(tokens)
 
     def whole(self, touched: int) -> Callable[[], Tensor]:
         """Calls of one token an expert that touch all experts, `touched` at a time."""
-        tokens = touched // TOP_K
-        asked = torch.arange(len(self.records)).view(-1, tokens, TOP_K)
-        x, weights = torch.randn(tokens, self.record.dim), torch.rand(tokens, TOP_K)
+        tokens = touched // self.top_k
+        asked = torch.arange(len(self.records)).view(-1, tokens, self.top_k)
+        x, weights = torch.randn(tokens, self.record.dim), torch.rand(tokens, self.top_k)
 
         def work() -> Tensor:
             for ids in asked:
@@ -97,13 +101,13 @@ class ProbeExperts:
 
     def _row(self, each: int) -> Callable[[], None]:
         """Calls with `each` tokens an expert, each time of the experts that were not used for longest."""
-        tokens = TOUCHED * each // TOP_K
-        asked = torch.arange(tokens * TOP_K) % TOUCHED
-        x, weights = torch.randn(tokens, self.record.dim), torch.rand(tokens, TOP_K)
+        tokens = TOUCHED * each // self.top_k
+        asked = torch.arange(tokens * self.top_k) % TOUCHED
+        x, weights = torch.randn(tokens, self.record.dim), torch.rand(tokens, self.top_k)
 
         def row() -> None:
             for _ in range(few(each)):
-                ids = (asked + self.first).view(tokens, TOP_K)
+                ids = (asked + self.first).view(tokens, self.top_k)
                 self.first = (self.first + TOUCHED) % len(self.records)
                 self.layer.sync(self.layer.submit(x, ids, weights))
 
@@ -116,7 +120,7 @@ def expert_points(records: Tensor, record: ExpertRecord) -> tuple[Points, float]
     wider = ProbeExperts(records, ExpertRecord(record.format, DIM // WIDER, INTER * WIDER))
     blocks = TOUCHED * 3 * DIM * INTER / BLOCK
     more = TOUCHED * MANY * (wider.outputs - layer.outputs)
-    output_ns = core_ns(max(LEAST_S, wider.call_s(MANY) - layer.call_s(MANY)), more)
+    output_ns = core_ns(max(LEAST_S, wider.call_s(MANY, min) - layer.call_s(MANY, min)), more)
     [seconds] = played(layer.whole(TOUCHED))
     found = [(1, core_ns(seconds, len(records) / TOUCHED * blocks))]
     found += [(tokens, core_ns(layer.call_s(tokens), blocks)) for tokens in EXPERT_TOKENS[1:]]
@@ -124,10 +128,10 @@ def expert_points(records: Tensor, record: ExpertRecord) -> tuple[Points, float]
 
 
 def experts_beginning_s(records: Tensor, record: ExpertRecord) -> float:
-    """What a layer takes beside its blocks: all experts in calls of TOP_K, beside calls of TOUCHED."""
-    layer = ProbeExperts(records, record)
-    small, large = played(layer.whole(TOP_K), layer.whole(TOUCHED))
-    return max(LEAST_S, small - large) / (len(records) / TOP_K - len(records) / TOUCHED)
+    """What a layer takes beside its blocks: all experts one by one, beside calls of TOUCHED."""
+    layer = ProbeExperts(records, record, top_k=1)
+    small, large = played(layer.whole(1), layer.whole(TOUCHED), typical=min)
+    return max(LEAST_S, small - large) / (len(records) - len(records) / TOUCHED)
 
 
 class ProbeMatrices:
@@ -137,7 +141,7 @@ class ProbeMatrices:
         self.matrices, self.format, self.shape = matrices, fmt, shape
         self.next = 0
 
-    def call_s(self, tokens: int) -> float:
+    def call_s(self, tokens: int, typical: Typical = median) -> float:
         """Of a matrix with so many tokens."""
         x, count = torch.randn(tokens, self.shape[1]), 3 * few(tokens)
 
@@ -146,7 +150,7 @@ class ProbeMatrices:
                 self._multiply(x, self.matrices[self.next], self.shape[0])
                 self.next = (self.next + 1) % len(self.matrices)
 
-        return called(row) / count
+        return called(row, typical) / count
 
     def whole(self, slices: int) -> Callable[[], Tensor]:
         """All matrices with one token, each in so many slices."""
@@ -178,7 +182,7 @@ def matrix_points(records: Tensor, record: ExpertRecord) -> tuple[Points, float]
     single = ProbeMatrices(matrices, record.format, (INTER, DIM))
     wider = ProbeMatrices(matrices, record.format, (INTER * WIDER, DIM // WIDER))
     more = MANY * (wider.shape[0] - INTER)
-    output_ns = core_ns(max(LEAST_S, wider.call_s(MANY) - single.call_s(MANY)), more)
+    output_ns = core_ns(max(LEAST_S, wider.call_s(MANY, min) - single.call_s(MANY, min)), more)
     [seconds] = played(single.whole(1))
     found = [(1, core_ns(seconds, len(matrices) * blocks))]
     found += [(tokens, core_ns(single.call_s(tokens), blocks)) for tokens in MATRIX_TOKENS[1:]]
@@ -189,8 +193,8 @@ def beginnings(records: Tensor, record: ExpertRecord) -> tuple[float, float]:
     """What a matrix takes beside its blocks: all in slices, beside whole ones. What operators take beside kernels."""
     single = ProbeMatrices(matrices_of(records, record), record.format, (INTER, DIM))
     count = len(single.matrices)
-    small, large = played(single.whole(SLICES), single.whole(1))
-    operators = called(single.whole(SLICES))
+    small, large = played(single.whole(SLICES), single.whole(1), typical=min)
+    operators = called(single.whole(SLICES), min)
     return max(LEAST_S, small - large) / ((SLICES - 1) * count), max(LEAST_S, operators - small) / (SLICES * count)
 
 

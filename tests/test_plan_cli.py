@@ -178,7 +178,7 @@ def test_another_machine_is_planned_for(capsys: pytest.CaptureFixture[str], tmp_
     with pytest.raises(Dsr1Error, match="no machine 'abacus'.*epyc-9355"):
         plan(R1, hardware="abacus")
     (tmp_path / "m.json").write_text('{"version": 9}')
-    with pytest.raises(Dsr1Error, match="not a machine of version 1"):
+    with pytest.raises(Dsr1Error, match="not a machine of version 2"):
         plan(R1, hardware=str(tmp_path / "m.json"))
 
 

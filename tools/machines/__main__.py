@@ -29,9 +29,9 @@ COMPUTING = {
 }
 PLAIN_POINTS = ((1, 690.0), (16, 1400.0), (128, 8000.0), (512, 28000.0))  # of float32, on the Xeon's core
 STEPS = {  # of the same core: fields of Machine
-    "expert_output_ns": 2.0,
-    "matrix_output_ns": 1.5,
-    "experts_s": 5e-5,
+    "expert_output_ns": 0.6,
+    "matrix_output_ns": 0.6,
+    "experts_s": 2e-5,
     "matrix_s": 1e-5,
     "call_s": 2e-6,
     "eager_s": 5e-5,
@@ -40,6 +40,7 @@ STEPS = {  # of the same core: fields of Machine
     "absorbed_ns": 0.025,
     "decompressed_ns": 0.037,
 }
+OUTPUTS_NS = 0.4  # of a token's results in a block's share, which COMPUTING holds, too
 GPUS = {  # memory in GiB, GB/s, dense bfloat16 TFLOPS with float32 sums, PCIe GB/s one way: data sheets
     "RTX 3090": (24, 936, 71, 25, "8.6"),
     "RTX 4090": (24, 1008, 165, 25, "8.9"),
@@ -123,7 +124,7 @@ def machine_of(sheet: Sheet) -> Machine:
 
 def _points(name: str, sheet: Sheet, read: float) -> Points:
     reading = 1e9 * PACKED_FORMATS[name].block_bytes * sheet.cores / (READ_SHARE * read)
-    times = COMPUTING[sheet.isa][name]
+    times = [ns - tokens * OUTPUTS_NS for tokens, ns in zip(TOKENS, COMPUTING[sheet.isa][name], strict=True)]
     return tuple((tokens, round(max(reading, ns), 1)) for tokens, ns in zip(TOKENS, times, strict=True))
 
 
