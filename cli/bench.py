@@ -383,12 +383,11 @@ def show_engine(figures: EngineFigures) -> None:
         f"{figures.read_gb_s:.1f} GB/s of plain reading ({format_size(figures.read_bytes)} of experts)"
     )
     predicted, use = figures.predicted, figures.memory
-    decode_s = 1e3 / figures.decode_ms
     print(
         "predicted, from probes of this machine before and after, and from reading the memory that holds the experts:"
     )
     print(f"prefill  {_beside(predicted.prefill_tok_s, figures.prefill_tok_s, 'tokens/s')}; {predicted.prefill_limit}")
-    print(f"decode   {_beside(predicted.decode_tok_s, decode_s, 'tokens/s (median)')}; {predicted.decode_limit}")
+    print(f"decode   {_beside(predicted.decode_tok_s, figures.decode_tok_s, 'tokens/s')}; {predicted.decode_limit}")
     print(f"RAM      {_beside(use.planned / 2**30, use.taken / 2**30, 'GiB')} ({format_size(use.mapped)} mapped)")
 
 
