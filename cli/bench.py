@@ -1,9 +1,11 @@
 """`dsr1 bench`: a model end to end, or the experts of a shape beside what this machine can do."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -22,21 +24,23 @@ from offload.benchmark.measure import Run, Runs, seconds_of
 from offload.benchmark.plot import check_plot, draw_roofline
 from offload.benchmark.report import Point, Report, Wanted, measure_shape, plural
 from offload.benchmark.use import MemoryUse, anonymous_bytes, memory_use
-from offload.costs import Costs, at_bandwidth
+from offload.costs import Costs, with_waiting
 from offload.experts import CpuExperts
-from offload.hardware import usable_ram
-from offload.machine import Machine
+from offload.hardware import allowed_cores, usable_ram
+from offload.machine import Machine, mean_of
 from offload.probe import probe
+from offload.probe_memory import waiting_ns
 from offload.sizes import format_size
 from offload.this_machine import keep, measured_machine
 from quant import isa
 from quant.config import ModelConfig, load_config
-from quant.errors import UsageError
+from quant.errors import StoreError, UsageError
 from quant.kernels import thread_count
 from quant.kernels.ahead import MEASURING_KERNELS, PACKED_KERNELS, compile_ahead
 from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat
 from quant.shapes import known_shape
 
+Measured = TypeVar("Measured")
 NANO = "nano"
 SHAPES = {
     "r1": "deepseek-ai/DeepSeek-R1",
@@ -90,10 +94,8 @@ def bench(
     if plot is not None:
         check_plot(plot)
     use_threads(threads)
-    machine = known_machine(threads)
-    report = bench_shape(shape, config, packed, wanted)
-    now = at_bandwidth(machine, report.limits.read.bytes_s)
-    predicted = {point: predict_layer(config, now, packed, point) for point in (*report.decode, *report.prefill)}
+    machine, report = between_probes(lambda: bench_shape(shape, config, packed, wanted))
+    predicted = {point: predict_layer(config, machine, packed, point) for point in (*report.decode, *report.prefill)}
     if as_json:
         fields = report.to_json()
         for kind in ("decode", "prefill"):
@@ -147,7 +149,7 @@ def predict_layer(config: ModelConfig, machine: Machine, fmt: PackedFormat, poin
     """Seconds of a call by the cost model."""
     record = ExpertRecord(fmt, config.dim, config.moe_inter_dim)
     pairs = point.tokens * config.n_activated_experts
-    return Costs(config, machine).experts(fmt.name, record.nbytes, point.experts, pairs).seconds
+    return Costs(config, machine).experts_alone(fmt.name, record.nbytes, point.experts, pairs).seconds
 
 
 def show_report(report: Report, console: Console, predicted: Mapping[Point, float]) -> None:
@@ -201,7 +203,7 @@ def _cells(point: Point, predicted: float | None) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the cost model says of the same work, from the probe of this machine alone."""
+    """What the cost model says of the same work, from probes of this machine alone."""
 
     machine_date: str
     prefill_tok_s: float
@@ -251,40 +253,55 @@ class EngineFigures:
 def bench_engine(options: RunOptions, as_json: bool) -> None:
     """Load a model, measure it and print the figures."""
     resolve_model(options.model, None, [])  # what is not there is told before the machine is measured
-    machine = known_machine(options.threads)
-    before = anonymous_bytes()
-    engine = load_engine(options)
-    figures = measure_engine(options.model, engine, machine, before)
+    use_threads(options.threads)
+    machine, (engine, speeds, read, memory) = between_probes(lambda: measure_engine(options))
+    say("measuring how long kernels wait for the experts' memory")
+    predicted = predict(engine, with_waiting(machine, waiting_ns(cpu_experts(engine))), speeds)
+    figures = engine_figures(options.model, engine, speeds, read, predicted, memory)
     if as_json:
         print(json.dumps(asdict(figures)))
     else:
         show_engine(figures)
 
 
-def known_machine(threads: int | None) -> Machine:
-    """This machine as it was measured; if it was not, with so many threads, it is now, and that is kept."""
-    use_threads(threads)
-    machine = measured_machine()
-    if machine is not None and (machine.cores, machine.isa) == (thread_count(), isa.current()):
-        return machine
-    compile_ahead([*PACKED_KERNELS, *MEASURING_KERNELS], show_compiling)
-    machine = probe(say)
-    keep(machine)
-    return machine
+def between_probes(measure: Callable[[], Measured]) -> tuple[Machine, Measured]:
+    """This machine as it was measured before and after `measure`, and what that returns.
 
-
-def measure_engine(name: str, engine: Engine, machine: Machine, before: int) -> EngineFigures:
-    """A prompt of random tokens, answered greedily, and a longer one for prefill; nothing ends the answer early.
-
-    machine: as it was probed. before: anonymous memory of this process before the model was loaded.
+    Its speeds change by the minute where others use it, too. What `dsr1 plan` predicts with stays as it is, so that
+    plans stay the same; only where nothing was measured yet, the mean is kept.
     """
+    compile_ahead([*PACKED_KERNELS, *MEASURING_KERNELS], show_compiling)
+    before = probe(say)
+    measured = measure()
+    machine = mean_of(before, probe(say))
+    if measured_machine() is None and machine.cores == allowed_cores():
+        with suppress(StoreError, OSError):
+            keep(machine)
+    return machine, measured
+
+
+def measure_engine(options: RunOptions) -> tuple[Engine, Speeds, Runs, MemoryUse]:
+    """A model, its speeds, plain reading of its experts' memory, and the memory that it took."""
+    before = anonymous_bytes()
+    engine = load_engine(options)
     speeds = measure_speeds(engine)
-    decode = speeds.decode
     memory = memory_use(engine.plan, engine.folder, before)
     say("measuring the memory's read bandwidth")
+    _, read = fastest_read(expert_ranges(cpu_experts(engine), ENOUGH_BYTES))
+    return engine, speeds, read, memory
+
+
+def cpu_experts(engine: Engine) -> list[CpuExperts]:
+    """The routed experts of each layer that the CPU runs."""
     blocks = [block.ffn for block in engine.transformer.layers]
-    experts = [ffn.experts for ffn in blocks if isinstance(ffn, MoE) and isinstance(ffn.experts, CpuExperts)]
-    _, read = fastest_read(expert_ranges(experts, ENOUGH_BYTES))
+    return [ffn.experts for ffn in blocks if isinstance(ffn, MoE) and isinstance(ffn.experts, CpuExperts)]
+
+
+def engine_figures(
+    name: str, engine: Engine, speeds: Speeds, read: Runs, predicted: Predicted, memory: MemoryUse
+) -> EngineFigures:
+    """What was measured and predicted, as it is told."""
+    decode = speeds.decode
     seconds = sum(run.seconds for run in decode.runs) / len(decode.runs)
     low, high = decode.seconds_quartiles
     return EngineFigures(
@@ -304,7 +321,7 @@ def measure_engine(name: str, engine: Engine, machine: Machine, before: int) -> 
         read_bytes=read.nbytes,
         read_gb_s=read.bytes_s / 1e9,
         share=engine.plan.decode_ram_bytes / seconds / read.bytes_s,
-        predicted=predict(engine, at_bandwidth(machine, read.bytes_s), speeds),
+        predicted=predicted,
         memory=memory,
     )
 
@@ -366,10 +383,11 @@ def show_engine(figures: EngineFigures) -> None:
         f"{figures.read_gb_s:.1f} GB/s of plain reading ({format_size(figures.read_bytes)} of experts)"
     )
     predicted, use = figures.predicted, figures.memory
-    decode_s = 1e3 / figures.decode_ms
-    print("predicted, from the probe of this machine and the bandwidth just read:")
+    print(
+        "predicted, from probes of this machine before and after, and from reading the memory that holds the experts:"
+    )
     print(f"prefill  {_beside(predicted.prefill_tok_s, figures.prefill_tok_s, 'tokens/s')}; {predicted.prefill_limit}")
-    print(f"decode   {_beside(predicted.decode_tok_s, decode_s, 'tokens/s (median)')}; {predicted.decode_limit}")
+    print(f"decode   {_beside(predicted.decode_tok_s, figures.decode_tok_s, 'tokens/s')}; {predicted.decode_limit}")
     print(f"RAM      {_beside(use.planned / 2**30, use.taken / 2**30, 'GiB')} ({format_size(use.mapped)} mapped)")
 
 

@@ -61,7 +61,8 @@ def plan(model: str, wishes: Wishes, recipe: str | None = None, output: Output |
     if output.save is not None:
         save_plan(made.plan, output.save)
     if output.as_json:
-        machine = {"name": made.planning.machine.name, "source": made.planning.machine.source}
+        planned_for = made.planning.machine
+        machine = {"name": planned_for.name, "source": planned_for.source, "date": planned_for.date}
         about = {"model": model, "as": subject.title, "machine": machine, "prediction": asdict(prediction)}
         print(json.dumps(about | made.plan.to_json() | {"model": model, "shape": made.plan.model}))
         return
@@ -77,11 +78,13 @@ def plan(model: str, wishes: Wishes, recipe: str | None = None, output: Output |
 def speeds(prediction: Prediction, machine: Machine) -> list[str]:
     """What is predicted, with what limits it, and for which machine."""
     how = machine.source + (f", {machine.date}" if machine.date else "")
+    speed = f"{machine.cores} cores, {machine.read_bytes_s / 1e9:.1f} GB/s of RAM"
     return [
         f"Predicted: prefill {_figure(prediction.prefill_tok_s)} tokens/s (a prompt of {prediction.prompt} tokens; "
         f"limit: {prediction.prefill_limit}), decode {_figure(prediction.decode_tok_s)} tokens/s (limit: "
         f"{prediction.decode_limit}).",
-        f"For {escape(machine.name)} ({escape(how)}).",
+        f"For {escape(machine.name)} ({escape(how)}): {speed}. "
+        "The size of prefill's chunks follows from these speeds; a plan that is saved keeps it.",
     ]
 
 

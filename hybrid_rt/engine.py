@@ -27,6 +27,7 @@ from offload.hardware import allowed_cores
 from offload.plan import Plan
 from offload.topology import read_topology
 from offload.wishes import Wishes
+from quant.conversion import as_float32
 from quant.errors import ContextError, Dsr1Error, TokenizerError
 from quant.kernels import set_threads
 from quant.kernels.ahead import PACKED_KERNELS, PLAIN_KERNELS, compile_ahead
@@ -158,7 +159,8 @@ class Engine:
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits float32 [T, vocab] of final states [T, dim]."""
         with self.backend.counting():
-            return self.transformer.head(states).float().cpu()
+            logits = self.transformer.head(states)
+            return as_float32(logits) if self.backend.is_host else logits.float().cpu()
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits of every position: float32 [len(ids), vocab]."""

@@ -3,20 +3,23 @@
 Every figure about the machine comes from its description (offload/machine.py), none from a run of the model.
 
     a matrix on the CPU   its blocks of 16 x 128 weights, each as long as one from memory takes for so many tokens,
-                          shared out over the cores
+                          shared out over the cores; and its kernel's beginning and end
     experts on the CPU    the same for each that is touched: E (1 - (1 - K/E)^T) of E, for T tokens of K experts each;
                           gate and up, and down, by the blocks of their own formats
-    attention on the CPU  multiplications of the form that runs, by their time; small steps: calls, and values moved
+    attention on the CPU  blocks of wkv_b, and multiplications of the form that runs, by their time
+    small steps           kernels, and values that they move; operators' own work, but of layers in decoding, which are
+                          recorded
     on a GPU              the larger of bytes by its bandwidth and operations by its rate, at the shares below
     a layer with both     the CPU's experts beside the GPU's shared expert and its own experts: the longer one counts
 
 The shares and times of a GPU are assumptions; nothing has been measured on one yet.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from offload.machine import Machine, MachineGpu
+from offload.machine import Machine, MachineGpu, Points, block_ns
 from offload.plan import Placement, Plan
 from offload.workspace import ABSORBED_UP_TO, PREFILL_BLOCK
 from quant.config import ModelConfig
@@ -25,8 +28,12 @@ from quant.packed import BLOCK_K, EXPERT_FORMATS, PACKED_FORMATS, TILE_ROWS
 
 PROMPT = 4096  # tokens of the prompt whose prefill is predicted, if the context holds them
 BLOCK = TILE_ROWS * BLOCK_K
+PLAIN = "f32"  # whose kernel serves all formats that are not packed
 PLAIN_BLOCK_BYTES = {"bf16": 2 * BLOCK, "f32": 4 * BLOCK, "fp8_block": BLOCK}
-CALLS_A_LAYER = 40  # kernels, conversions of activations among them
+CALLS_A_LAYER = 26  # small kernels, most of them conversions of activations
+MATRICES_A_LAYER = 8
+OPERATORS_A_LAYER = 20  # torch calls so many
+OPERATORS_OF_EXPERTS, OPERATORS_A_TOKEN = 3, 8  # of a layer's experts alone; outside of layers
 GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.5  # of the data sheet
 GPU_LAUNCHES_A_LAYER, GPU_LAUNCH_S = 25, 3e-6  # in recorded graphs
 HANDOVER_S = 30e-6  # from GPU to CPU and back, for a layer's experts, beside the bytes
@@ -106,8 +113,8 @@ class Costs:
         for (_, count), placements in self._layers(plan).items():
             one = self._layer(plan, placements, tokens, seen)
             total = _sum(total, Times({name: count * seconds for name, seconds in one.items()}))
-        head = plan.placement(None, "head")
-        return _sum(total, self._matrix(head, 1))
+        total.add(self._matrix(plan.placement(None, "head"), 1))
+        return total if plan.on_gpu else _sum(total, self._outside(tokens))
 
     def _layers(self, plan: Plan) -> dict[tuple[int, int], list[Placement]]:
         """Layers that are alike only once: (the first one's number, how many there are)."""
@@ -143,22 +150,44 @@ class Costs:
         if placement.tier == "gpu":
             values = BLOCK * placement.nbytes / block_bytes(placement.representation)
             return self._on_gpu(placement.nbytes, 2 * values * tokens)
-        return self.weights(placement.representation, placement.nbytes, tokens)
+        times = self.weights(self.machine.matrices, placement.representation, placement.nbytes, tokens)
+        return _sum(times, self._results(tokens * self._rows(placement), self.machine.matrix_output_ns))
 
-    def weights(self, representation: str, nbytes: float, tokens: float) -> Times:
-        """Matrices on the CPU, each used by `tokens` tokens."""
-        name = _costed(representation, self.machine)
+    def _rows(self, placement: Placement) -> int:
+        """Results for a token of all matrices of a component."""
+        config = self.config
+        shared = config.n_shared_experts * config.moe_inter_dim
+        rows = {
+            "attention": config.q_lora_rank + config.n_heads * config.qk_head_dim + config.latent_dim + config.dim,
+            "dense": 2 * config.inter_dim + config.dim,
+            "shared_expert": 2 * shared + config.dim,
+            "router": config.n_routed_experts,
+            "head": config.vocab_size,
+        }
+        return rows.get(placement.component, 0)
+
+    def weights(self, table: Mapping[str, Points], representation: str, nbytes: float, tokens: float) -> Times:
+        """Weights on the CPU, each used by `tokens` tokens. table: of experts or of other matrices."""
         reading = nbytes / self.machine.read_bytes_s
         blocks = nbytes / block_bytes(representation)
-        seconds = blocks * self.machine.block_ns(name, tokens) * 1e-9 / self.machine.cores
+        seconds = blocks * block_ns(_points(table, representation), tokens) * 1e-9 / self.machine.cores
         return Times({READING if 2 * reading >= seconds else COMPUTING: seconds})
 
     def experts(self, representation: str, record_bytes: float, touched: float, pairs: float) -> Times:
         """Routed experts of one layer on the CPU: `touched` different ones, for `pairs` of token and expert."""
-        total = Times()
+        total = Times({STEPS: self.machine.experts_s})
         for name, share in _shares(representation):
-            total.add(self.weights(name, share * touched * record_bytes, pairs / touched))
-        return total
+            total.add(self.weights(self.machine.experts, name, share * touched * record_bytes, pairs / touched))
+        outputs = pairs * (2 * self.config.moe_inter_dim + self.config.dim)
+        return _sum(total, self._results(outputs, self.machine.expert_output_ns))
+
+    def _results(self, count: float, each_ns: float) -> Times:
+        return Times({COMPUTING: count * each_ns * 1e-9 / self.machine.cores})
+
+    def experts_alone(self, representation: str, record_bytes: float, touched: float, pairs: float) -> Times:
+        """The same in a call of their own."""
+        called = Times({STEPS: OPERATORS_OF_EXPERTS * self.machine.eager_s})
+        return _sum(called, self.experts(representation, record_bytes, touched, pairs))
 
     def _experts(self, placement: Placement, tokens: int) -> Times:
         """The part of a layer's experts that lives in one place; all are used alike."""
@@ -174,18 +203,21 @@ class Costs:
     def _attention(self, plan: Plan, kv_b: Placement, tokens: int, seen: int) -> Times:
         """On the CPU."""
         config, machine = self.config, self.machine
-        both = config.qk_nope_head_dim + config.v_head_dim
         times = Times()
         if tokens <= ABSORBED_UP_TO:
+            both = config.qk_nope_head_dim + config.v_head_dim
             each = seen * (config.kv_lora_rank + config.latent_dim) + both * config.kv_lora_rank
             nanoseconds = machine.absorbed_ns * tokens * config.n_heads * each
+            nanoseconds += machine.heads_ns * kv_b.nbytes / block_bytes(kv_b.representation)
         else:
             blocks = -(-seen // PREFILL_BLOCK)
-            made = self.weights(kv_b.representation, kv_b.nbytes, seen / blocks)
+            made = self.weights(machine.matrices, kv_b.representation, kv_b.nbytes, seen / blocks)
             times.add(Times({name: blocks * seconds for name, seconds in made.items()}))
-            nanoseconds = (
-                machine.decompressed_ns * tokens * config.n_heads * seen * (config.qk_head_dim + config.v_head_dim)
-            )
+            rows = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+            times.add(self._results(seen * rows, machine.matrix_output_ns))
+            visible = seen - tokens / 2  # on average, as a token does not see those after it
+            width = config.qk_head_dim + config.v_head_dim
+            nanoseconds = machine.decompressed_ns * tokens * config.n_heads * visible * width
         if plan.cache_format == "int8":
             nanoseconds += machine.value_ns * seen * config.latent_dim
         return _sum(times, Times({ATTENTION: nanoseconds * 1e-9 / machine.cores}))
@@ -202,7 +234,7 @@ class Costs:
         return self._on_gpu(cached + kv_b.nbytes, 2 * tokens * config.n_heads * each + 2 * values * uses)
 
     def _steps(self, plan: Plan, placements: list[Placement], tokens: int) -> Times:
-        """Norms, sums, conversions, rotations, routing."""
+        """Norms, sums, conversions, rotations, routing; where matrices begin; operators."""
         if plan.on_gpu:
             return Times({GPU_READING: GPU_LAUNCHES_A_LAYER * GPU_LAUNCH_S})
         machine, config = self.machine, self.config
@@ -210,7 +242,15 @@ class Costs:
         inter = config.inter_dim if is_dense else config.n_shared_experts * config.moe_inter_dim
         values = 12 * config.dim + 2 * config.n_heads * (config.qk_head_dim + config.v_head_dim) + 5 * inter
         values += 3 * config.latent_dim + config.n_routed_experts
-        seconds = CALLS_A_LAYER * machine.call_s + tokens * values * machine.value_ns * 1e-9 / machine.cores
+        seconds = CALLS_A_LAYER * machine.call_s + MATRICES_A_LAYER * machine.matrix_s
+        if tokens > 1:
+            seconds += OPERATORS_A_LAYER * machine.eager_s
+        return Times({STEPS: seconds + tokens * values * machine.value_ns * 1e-9 / machine.cores})
+
+    def _outside(self, tokens: int) -> Times:
+        """Embedding, angles, logits, and the choice of a token from them."""
+        values = tokens * self.config.dim + 2 * self.config.vocab_size
+        seconds = OPERATORS_A_TOKEN * self.machine.eager_s + values * self.machine.value_ns * 1e-9
         return Times({STEPS: seconds})
 
     def _crossing(self, tokens: int) -> Times:
@@ -230,16 +270,17 @@ class Costs:
         return self.machine.gpu
 
 
-def at_bandwidth(machine: Machine, read_bytes_s: float) -> Machine:
-    """The machine while its memory is read at another rate: blocks that wait for memory change with it."""
-    slower = machine.read_bytes_s / read_bytes_s
+def with_waiting(machine: Machine, byte_ns: float) -> Machine:
+    """The machine with weights in memory where a core waits so many ns longer for each byte."""
 
-    def block(name: str, ns: float) -> float:
-        reading = 1e9 * block_bytes(name) * machine.cores / machine.read_bytes_s
-        return ns * slower if 2 * reading >= ns else ns
+    def table(times: Mapping[str, Points]) -> dict[str, Points]:
+        return {name: _later(points, block_bytes(name) * byte_ns) for name, points in times.items()}
 
-    kernels = {name: tuple((t, block(name, ns)) for t, ns in points) for name, points in machine.kernels.items()}
-    return replace(machine, read_bytes_s=read_bytes_s, kernels=kernels)
+    return replace(machine, experts=table(machine.experts), matrices=table(machine.matrices))
+
+
+def _later(points: Points, ns: float) -> Points:
+    return tuple((tokens, max(each / 2, each + ns)) for tokens, each in points)
 
 
 def block_bytes(representation: str) -> int:
@@ -257,12 +298,12 @@ def _shares(representation: str) -> tuple[tuple[str, float], ...]:
     return (gate_up.name, 2 * gate_up.block_bytes / both), (down.name, down.block_bytes / both)
 
 
-def _costed(representation: str, machine: Machine) -> str:
-    """The format whose times count."""
+def _points(table: Mapping[str, Points], representation: str) -> Points:
+    """The times that count for a format: those of its own, or of plain float32 for other plain ones."""
     name = representation.partition("+")[0]
-    if name not in PACKED_FORMATS and name not in machine.kernels:
-        name = "bf16"
-    return name if name in machine.kernels else next(iter(machine.kernels))
+    if name not in table:
+        name = PLAIN if PLAIN in table else next(iter(table))
+    return table[name]
 
 
 def _by_layer(plan: Plan) -> dict[int, list[Placement]]:

@@ -8,13 +8,13 @@ a file     the same JSON, of any machine                                 dsr1 pl
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from quant.errors import Dsr1Error
 
-MACHINE_VERSION = 1
+MACHINE_VERSION = 2
 MACHINES = Path(__file__).parent / "machines"
 MOST_BYTES = 2**20  # of a machine's file
 Points = tuple[tuple[float, float], ...]
@@ -36,15 +36,33 @@ class MachineGpu:
     capability: str = ""
 
 
+def block_ns(points: Points, tokens: float) -> float:
+    """Time of one core for a block of 16 x 128 weights that `tokens` tokens use; straight lines between points."""
+    if tokens <= points[0][0]:
+        return points[0][1]
+    before, after = points[0], points[-1]
+    for first, second in zip(points, points[1:], strict=False):
+        before, after = first, second
+        if tokens <= second[0]:
+            break
+    if before == after:
+        return before[1] * tokens / before[0]
+    slope = (after[1] - before[1]) / (after[0] - before[0])
+    return before[1] + slope * (tokens - before[0])
+
+
 @dataclass(frozen=True)
 class Machine:
     """Times are those of one core while all others work, too, with weights from memory; rates are of the whole machine.
 
     source: where the figures are from. date: of the measurement, empty for data sheets. cores: that run kernels.
-    nodes: of NUMA. ram: bytes. read_bytes_s: plain reading of memory with all cores. kernels: for a format, how long a
-    block of 16 x 128 weights takes: (tokens that use it, ns), ascending. call_s: of a small kernel. value_ns: of a
-    value that a small step reads and writes. absorbed_ns, decompressed_ns: of a multiplication in either form of
-    attention.
+    nodes: of NUMA. ram: bytes. read_bytes_s: plain reading of memory with all cores.
+    experts, matrices: for a format, how long a block of 16 x 128 weights of a layer of experts, or of another matrix,
+    takes: (tokens that use it, ns), ascending. expert_output_ns, matrix_output_ns: besides, of each token's result.
+    experts_s, matrix_s: besides, of a kernel of either. heads_ns: of a block of packed wkv_b in absorbed attention.
+    absorbed_ns, decompressed_ns: of a multiplication in either form of attention.
+    call_s: of a small kernel. eager_s: of an operator beside its kernels, where no recording is played (quant/tape.py).
+    value_ns: of a value that a small step reads and writes.
     """
 
     name: str
@@ -55,28 +73,20 @@ class Machine:
     nodes: int
     ram: int
     read_bytes_s: float
-    kernels: Mapping[str, Points]
+    experts: Mapping[str, Points]
+    matrices: Mapping[str, Points]
+    expert_output_ns: float
+    matrix_output_ns: float
+    experts_s: float
+    matrix_s: float
     call_s: float
+    eager_s: float
     value_ns: float
+    heads_ns: float
     absorbed_ns: float
     decompressed_ns: float
     gpu: MachineGpu | None = None
     version: int = MACHINE_VERSION
-
-    def block_ns(self, fmt: str, tokens: float) -> float:
-        """Time of one core for a block of 16 x 128 weights that `tokens` tokens use; straight lines between points."""
-        points = self.kernels[fmt]
-        if tokens <= points[0][0]:
-            return points[0][1]
-        before, after = points[0], points[-1]
-        for first, second in zip(points, points[1:], strict=False):
-            before, after = first, second
-            if tokens <= second[0]:
-                break
-        if before == after:
-            return before[1] * tokens / before[0]
-        slope = (after[1] - before[1]) / (after[0] - before[0])
-        return before[1] + slope * (tokens - before[0])
 
     def to_json(self) -> str:
         """The text of a machine's file."""
@@ -92,12 +102,24 @@ class Machine:
         values: dict[str, Any] = {name: _positive(found, name, where) for name in numbers}
         values |= {name: _text(found, name, where) for name in ("name", "source", "date", "isa")}
         values |= {name: math.ceil(values[name]) for name in ("cores", "nodes", "ram")}
-        kernels = found["kernels"]
-        if not isinstance(kernels, dict) or not kernels:
-            raise Dsr1Error(f"{where}: kernels must be an object of formats; {REMEDY}")
-        values["kernels"] = {str(name): _points(points, f"{where}: kernels.{name}") for name, points in kernels.items()}
+        values |= {name: _formats(found[name], f"{where}: {name}") for name in ("experts", "matrices")}
         gpu = found.get("gpu")
         return cls(**values, gpu=None if gpu is None else _gpu(gpu, f"{where}: gpu"))
+
+
+def mean_of(first: Machine, second: Machine) -> Machine:
+    """One machine as it was measured twice: the mean of each figure. The rest is the second's."""
+    rates = [f.name for f in fields(Machine) if f.type is float]
+    means = {name: (getattr(first, name) + getattr(second, name)) / 2 for name in rates}
+    experts, matrices = _mean_table(first.experts, second.experts), _mean_table(first.matrices, second.matrices)
+    return replace(second, experts=experts, matrices=matrices, **means)
+
+
+def _mean_table(first: Mapping[str, Points], second: Mapping[str, Points]) -> dict[str, Points]:
+    return {
+        name: tuple((tokens, (ns + other) / 2) for (tokens, ns), (_, other) in zip(points, second[name], strict=True))
+        for name, points in first.items()
+    }
 
 
 REMEDY = "copy a file of offload/machines/ and change its figures, or let `dsr1 doctor --measure` write one"
@@ -162,6 +184,12 @@ def _text(found: dict[str, Any], name: str, where: str) -> str:
     if not isinstance(found[name], str):
         raise Dsr1Error(f"{where}: {name} must be a text; {REMEDY}")
     return str(found[name])
+
+
+def _formats(found: Any, where: str) -> dict[str, Points]:
+    if not isinstance(found, dict) or not found:
+        raise Dsr1Error(f"{where} must be an object of formats; {REMEDY}")
+    return {str(name): _points(points, f"{where}.{name}") for name, points in found.items()}
 
 
 def _points(found: Any, where: str) -> Points:

@@ -1,62 +1,73 @@
-"""What the cost model needs to know of this machine, measured in about a minute: offload/machine.py.
+"""What the cost model needs to know of this machine, measured in some fifteen seconds: offload/machine.py.
 
-Nothing is a run of a model. Kernels run on random weights of a format, in shapes of no model:
+Nothing is a run of a model. Kernels run on random weights, in shapes of no model, from more memory than caches hold:
 
     reading          plain reads of gigabytes, as in `dsr1 bench`
-    a block's time   a layer of experts of a format, more of them than caches hold, at 1 to 256 tokens an expert
-    steps            a row of small kernels as decoding plays them, and a norm over many values
+    a block's time   layers of experts, and single matrices, of a format, at 1 to some hundred tokens (probe_rows.py)
+    beginnings       the same bytes in many calls and in few; the same calls played and as operators
+    steps            small kernels as decoding plays them; conversions of many values
     attention        both forms, on random queries and latents
+
+A figure is of a row of calls, as a token or a prompt is one: the system's interruptions count in it as they do there.
 """
 
 import platform
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from datetime import date
-from statistics import median
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from offload.backend import CpuBackend
 from offload.benchmark.limits import fastest_read
-from offload.benchmark.measure import seconds_of
-from offload.benchmark.weights import random_records
-from offload.experts import CpuExperts, ExpertBuffers, PackedExperts
+from offload.benchmark.weights import fill_records
 from offload.gpu_probe import measure_gpu
 from offload.machine import Machine, Points
 from offload.memory import huge_memory
+from offload.probe_rows import (
+    BLOCK,
+    DIM,
+    INTER,
+    TOUCHED,
+    beginnings,
+    called,
+    core_ns,
+    expert_points,
+    experts_beginning_s,
+    matrices_of,
+    matrix_points,
+    plain_points,
+    played,
+)
 from offload.this_machine import known_gpu
 from offload.topology import read_topology
 from quant import isa, model_ops
+from quant.conversion import converted
 from quant.kernels.bandwidth import PAGE
 from quant.kernels.threads import thread_count
-from quant.packed import ACCURATE, BLOCK_K, FAST, Q8, TILE_ROWS, ExpertRecord, PackedFormat
-from quant.shapes import known_shape
-from quant.tape import PASSES, Repeated
+from quant.packed import ACCURATE, BLOCK_K, FAST, Q8, TILE_ROWS, ExpertRecord
 
-FORMATS = (ACCURATE, FAST, Q8)
-READ_BYTES = 3 * 2**30  # several times the largest caches
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # of an expert
-DIM, INTER, TOP_K = 6144, 1536, 4  # of the layer that is measured: no model's
-TOUCHED = 16  # experts of a call
-STEPS, MANY_ROWS = 32, 512
-RUNS = 5
+FORMATS = (ACCURATE, Q8, FAST)  # of the last one beginnings are measured, and wkv_b
+READ_BYTES = 3 * 2**29  # several times the largest caches
+STEPS, WIDTH = 256, 2048  # small steps in a row; values of a token
+TENSORS, MANY_ROWS = 32, 512  # of many tokens
+HEADS, NOPE, ROPE, LORA, VALUE = 16, 128, 64, 512, 128  # of attention
+NEAR, SEEN, FAR = 16, 1024, 4096  # tokens of a context
 Tell = Callable[[str], None]
 
 
 def probe(tell: Tell) -> Machine:
-    """Measure with as many threads as are set; takes up to 6 GiB of RAM, less where less is there.
+    """Measure with as many threads as are set; takes up to 2 GiB of RAM, less where less is there.
 
     Kernels should be compiled before (quant/kernels/ahead.py).
     """
-    tell("measuring the memory's read bandwidth")
+    tell("measuring this machine's memory")
     memory = huge_memory(min(READ_BYTES, psutil.virtual_memory().available // 4) // PAGE * PAGE).fill_(1)
     _, read = fastest_read(torch.tensor([[memory.data_ptr(), memory.nbytes // PAGE]]))
-    tell("measuring kernels")
-    kernels = {fmt.name: _block_points(fmt, memory.nbytes) for fmt in FORMATS}
-    call_s, value_ns = _steps(memory)
-    absorbed_ns, decompressed_ns = _attention()
+    tell("measuring this machine's kernels")
+    with torch.inference_mode():
+        measured = {**_weights(memory), **_steps()}
     return Machine(
         name=platform.node() or "this machine",
         source="measured",
@@ -66,83 +77,113 @@ def probe(tell: Tell) -> Machine:
         nodes=len(read_topology().nodes),
         ram=psutil.virtual_memory().total,
         read_bytes_s=read.bytes_s,
-        kernels=kernels,
-        call_s=call_s,
-        value_ns=value_ns,
-        absorbed_ns=absorbed_ns,
-        decompressed_ns=decompressed_ns,
         gpu=measure_gpu(known_gpu()),
+        **measured,
     )
 
 
-def _layer(fmt: PackedFormat, nbytes: int) -> tuple[CpuExperts, int]:
-    """A layer of as many experts as fit `nbytes`, for calls that touch TOUCHED of them; and how many there are."""
-    record = ExpertRecord(fmt, DIM, INTER)
-    count = max(TOUCHED, nbytes // record.nbytes)
-    shape = known_shape("moonshotai/Moonlight-16B-A3B")
-    assert shape is not None
-    config = replace(shape.config, dim=DIM, moe_inter_dim=INTER, n_routed_experts=count, n_activated_experts=TOP_K)
-    backend = CpuBackend()
-    buffers = ExpertBuffers(config, backend, TOUCHED * TOKENS[-1] // TOP_K)
-    return CpuExperts(PackedExperts(random_records(record, count, 0), record), backend, buffers), count
+def _weights(memory: Tensor) -> dict[str, Any]:
+    """The fields of Machine about weights and attention."""
+    experts: dict[str, Points] = {}
+    matrices: dict[str, Points] = {"f32": plain_points(memory)}
+    for fmt in FORMATS:
+        record = ExpertRecord(fmt, DIM, INTER)
+        records = _records(record, memory)
+        experts[fmt.name], expert_output_ns = expert_points(records, record)
+        matrices[fmt.name], matrix_output_ns = matrix_points(records, record)
+    matrix_s, eager_s = beginnings(records, record)
+    absorbed_ns = _absorbed_ns()
+    return {
+        "experts": experts,
+        "matrices": matrices,
+        "expert_output_ns": expert_output_ns,
+        "matrix_output_ns": matrix_output_ns,
+        "experts_s": experts_beginning_s(records, record),
+        "matrix_s": matrix_s,
+        "eager_s": eager_s,
+        "heads_ns": _heads_ns(_heads(records, record), absorbed_ns),
+        "absorbed_ns": absorbed_ns,
+        "decompressed_ns": _decompressed_ns(),
+    }
 
 
-def _block_points(fmt: PackedFormat, nbytes: int) -> Points:
-    """(tokens of an expert, ns of a core for a block of weights from memory)."""
-    layer, count = _layer(fmt, nbytes)
-    blocks = TOUCHED * 3 * DIM * INTER // (TILE_ROWS * BLOCK_K)
-    points, turn = [], 0
-    for each in TOKENS:
-        runs = []
-        for _ in range(1 + RUNS):
-            runs.append(_layer_s(layer, TOUCHED * each // TOP_K, turn * TOUCHED, count))
-            turn += 1
-        points.append((each, 1e9 * median(runs[1:]) * thread_count() / blocks))
-    return tuple(points)
+def _records(record: ExpertRecord, memory: Tensor) -> Tensor:
+    """Random experts, as many calls of them as `memory` holds, and at least one."""
+    count = max(TOUCHED, memory.nbytes // record.nbytes // TOUCHED * TOUCHED)
+    room = memory if memory.nbytes >= count * record.nbytes else huge_memory(count * record.nbytes)
+    records = room[: count * record.nbytes].view(count, record.nbytes)
+    fill_records(record, records, 0)
+    return records
 
 
-def _layer_s(layer: CpuExperts, tokens: int, first: int, count: int) -> float:
-    """Seconds of a call for TOUCHED experts from `first` on, of `count` that go round."""
-    ids = ((torch.arange(tokens * TOP_K) % TOUCHED + first) % count).view(tokens, TOP_K)
-    x, weights = torch.randn(tokens, DIM).bfloat16(), torch.rand(tokens, TOP_K)
-    return seconds_of(lambda: layer.sync(layer.submit(x, ids, weights)))
-
-
-def _steps(memory: Tensor) -> tuple[float, float]:
-    """Seconds of a small kernel's call in a row of others, and ns of a core for a value."""
-    weight, x = torch.ones(DIM), torch.randn(1, DIM).bfloat16()
+def _steps() -> dict[str, float]:
+    """A small kernel's call in a row of others, and a value of many that are converted."""
+    weight, x = torch.ones(WIDTH), torch.randn(1, WIDTH)
 
     def row() -> Tensor:
         y = x
         for _ in range(STEPS):
-            y = torch.ops.dsr1.rms_norm(y, weight, 1e-6)
+            y = model_ops.rms_norm(y, weight, 1e-6)
         return y
 
-    repeated, runs = Repeated(), []
-    with torch.inference_mode():
-        for position in range(PASSES + RUNS):
-            memory[: 64 * 2**20].sum()  # as weights do, push what is small out of the caches
-            runs.append(seconds_of(lambda position=position: repeated.run(position, row)))  # type: ignore[misc]
-        many = torch.randn(MANY_ROWS, DIM).bfloat16()
-        values = [seconds_of(lambda: torch.ops.dsr1.rms_norm(many, weight, 1e-6)) for _ in range(1 + RUNS)]
-    return median(runs[PASSES:]) / STEPS, 1e9 * median(values[1:]) * thread_count() / many.numel()
+    many = torch.randn(TENSORS, MANY_ROWS, WIDTH)  # more than caches hold, as weights are read between small steps
+    convert = called(lambda: [converted(each, torch.bfloat16) for each in many])
+    [seconds] = played(row)
+    return {"call_s": seconds / STEPS, "value_ns": core_ns(convert, many.numel())}
 
 
-def _attention() -> tuple[float, float]:
-    """ns of a core for a multiplication of the absorbed and of the decompressed form."""
-    heads, nope, rope, lora, value, seen = 16, 128, 64, 512, 128, 4096
-    cached = torch.randn(seen, lora + rope).bfloat16()
-    wkv_b = torch.randn(heads, nope + value, lora).bfloat16()
+def _heads(records: Tensor, record: ExpertRecord) -> list[Tensor]:
+    """Two packed wkv_b of each matrix: [heads, tiles, blocks, bytes of a block]."""
+    blocks, size = HEADS * (NOPE + VALUE) * LORA // BLOCK, record.format.block_bytes
+    parts = [part for matrix in matrices_of(records, record) for part in matrix.split(blocks * size)[:2]]
+    whole = [part for part in parts if part.numel() == blocks * size]
+    return [part.view(HEADS, (NOPE + VALUE) // TILE_ROWS, LORA // BLOCK_K, size) for part in whole]
 
-    def timed(attend: Callable[..., Tensor], tokens: int) -> float:
-        queries = torch.randn(tokens, heads, nope).bfloat16(), torch.randn(tokens, heads, rope).bfloat16()
-        return median(seconds_of(lambda: attend(*queries, cached, wkv_b, 0.1)) for _ in range(RUNS))
 
-    timed(model_ops.attend_absorbed, 1)
-    each = heads * (seen * (2 * lora + rope) + (nope + value) * lora)
-    absorbed = timed(model_ops.attend_absorbed, 4) - timed(model_ops.attend_absorbed, 1)
-    more = timed(model_ops.attend_decompressed, 512) - timed(model_ops.attend_decompressed, 256)
-    scale = 1e9 * thread_count()
-    return scale * max(absorbed, 1e-6) / (3 * each), scale * max(more, 1e-6) / (
-        256 * heads * seen * (nope + rope + value)
+def _heads_ns(heads: Sequence[Tensor], absorbed_ns: float) -> float:
+    """A block of packed wkv_b in the absorbed form: what is left without the multiplications of a short context."""
+    queries, cached = _queries(1), torch.randn(NEAR, LORA + ROPE).bfloat16()
+
+    def work() -> Tensor:
+        for wkv_b in heads:
+            out = model_ops.attend_absorbed(*queries, cached, wkv_b, 0.1)
+        return out
+
+    blocks = heads[0].numel() / heads[0].shape[-1]
+    [seconds] = played(work)
+    each = core_ns(seconds, len(heads))
+    return max(1.0, (each - absorbed_ns * _absorbed_work(NEAR)) / blocks)
+
+
+def _absorbed_ns() -> float:
+    """A multiplication of the absorbed form: of a long context, without those of a shorter one."""
+    wkv_b = torch.randn(HEADS, NOPE + VALUE, LORA).bfloat16()
+
+    queries, cached = _queries(1), torch.randn(FAR, LORA + ROPE).bfloat16()
+    far, near = played(
+        lambda: model_ops.attend_absorbed(*queries, cached, wkv_b, 0.1),
+        lambda: model_ops.attend_absorbed(*queries, cached[: FAR // 2], wkv_b, 0.1),
+        typical=min,
     )
+    return core_ns(max(far - near, 1e-6), _absorbed_work(FAR) - _absorbed_work(FAR // 2))
+
+
+def _absorbed_work(seen: int) -> int:
+    """Multiplications of one token's absorbed attention to so many."""
+    return HEADS * (seen * (2 * LORA + ROPE) + (NOPE + VALUE) * LORA)
+
+
+def _decompressed_ns() -> float:
+    """A multiplication of the decompressed form: of 512 tokens, without those of 256."""
+    wkv_b, cached = torch.randn(HEADS, NOPE + VALUE, LORA).bfloat16(), torch.randn(SEEN, LORA + ROPE).bfloat16()
+
+    def timed(tokens: int) -> float:
+        queries = _queries(tokens)
+        return called(lambda: model_ops.attend_decompressed(*queries, cached, wkv_b, 0.1))
+
+    pairs = 512 * (SEEN - 256) - 256 * (SEEN - 128)  # of a query and a key, half of the queries' own among them
+    return core_ns(max(timed(512) - timed(256), 1e-6), pairs * HEADS * (NOPE + ROPE + VALUE))
+
+
+def _queries(tokens: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(tokens, HEADS, NOPE).bfloat16(), torch.randn(tokens, HEADS, ROPE).bfloat16()

@@ -107,12 +107,14 @@ def _by_value(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
 
 
 def copy_rows(target: Tensor, source: Tensor) -> None:
-    """target [T, columns] = source, contiguous, both of one dtype: float32, bfloat16 or uint8."""
-    if target.dtype != torch.uint8:
-        _code(target, 2)
-    if target.shape != source.shape or target.dtype != source.dtype or not source.is_contiguous():
+    """target [T, columns] = source, rows without gaps, both of one dtype: float32, bfloat16 or uint8."""
+    for tensor in (target, source):
+        if tensor.dtype != torch.uint8 or tensor.ndim != 2 or tensor.stride(1) != 1:
+            _code(tensor, 2)
+    if target.shape != source.shape or target.dtype != source.dtype:
         raise ValueError(f"{source.dtype} {tuple(source.shape)} does not fit {target.dtype} {tuple(target.shape)}")
-    sizes = (source.shape[0], source.shape[1] * source.itemsize, target.stride(0) * target.itemsize)
+    strides = (tensor.stride(0) * tensor.itemsize for tensor in (source, target))
+    sizes = (source.shape[0], source.shape[1] * source.itemsize, *strides)
     arguments = (source.data_ptr(), target.data_ptr(), *sizes)
     call(elementwise.copy_rows, arguments, parts_for(source.numel() * VALUE_COST))
 
@@ -224,7 +226,9 @@ def attend_decompressed(q_nope: Tensor, q_pe: Tensor, cached: Tensor, wkv_b: Ten
 
 def _decompress(latents: Tensor, wkv_b: Tensor, rows: int) -> Tensor:
     """Keys and values of cached latents [S, C]: float32 [S, H * (nope + v)]."""
-    x = as_float32(latents.contiguous())
+    copied = empty(*latents.shape, dtype=latents.dtype)
+    copy_rows(copied, latents)  # torch would wake threads of its own for that
+    x = as_float32(copied)
     made: Tensor
     if wkv_b.dtype == torch.uint8:
         fmt = HEAD_FORMATS[wkv_b.shape[-1]].name

@@ -23,7 +23,7 @@ from offload.benchmark.layer import ENOUGH_BYTES, BenchLayers, Extent, Turn, cho
 from offload.benchmark.limits import expert_ranges, range_bytes, record_ranges
 from offload.benchmark.measure import Effort, Run, Runs, alternate
 from offload.benchmark.report import Report, Wanted, measure_shape, thread_steps
-from offload.costs import Costs, at_bandwidth
+from offload.costs import Costs
 from offload.machine import load_machine
 from offload.workspace import host_bytes
 from quant import isa
@@ -46,7 +46,8 @@ by_name = pytest.mark.parametrize("fmt", PACKED_FORMATS.values(), ids=lambda fmt
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, on a machine that need not be measured first."""
     machine = replace(load_machine("rtx-4090-ddr5"), cores=1, isa=isa.current())
-    monkeypatch.setattr("cli.bench.measured_machine", lambda: machine)
+    monkeypatch.setattr("cli.bench.probe", lambda tell: machine)
+    monkeypatch.setattr("cli.bench.keep", lambda machine: None)
     before, torch_before = thread_count(), torch.get_num_threads()
     set_threads(1)
     yield
@@ -263,8 +264,8 @@ def test_a_shape_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     fields = json.loads(printed.out)
     assert (fields["shape"], fields["format"], fields["threads"]) == ("nano", "fast", 1)
     record = ExpertRecord(FAST, 256, 64).nbytes
-    machine = at_bandwidth(replace(load_machine("rtx-4090-ddr5"), cores=1), 1e9 * fields["read_gb_s"])
-    predicted = Costs(find_shape("nano"), machine).experts("fast", record, 8, 8).seconds
+    machine = replace(load_machine("rtx-4090-ddr5"), cores=1)
+    predicted = Costs(find_shape("nano"), machine).experts_alone("fast", record, 8, 8).seconds
     assert fields["decode"][0]["predicted_ms"] == pytest.approx(1e3 * predicted)
     assert fields["decode"][0]["tokens"] == 2 and not fields["prefill"] and not fields["scaling"]
     assert "making" in printed.err and "may stay in a cache" in printed.err

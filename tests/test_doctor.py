@@ -27,11 +27,10 @@ from offload.checks.software import operating_system, packages
 from offload.checks.speeds import kept_speeds
 from offload.doctor import examine
 from offload.hardware import Gpu, GpuMemory, cpu_quota, lockable, memory_limit
-from offload.machine import Machine, load_machine
+from offload.machine import load_machine
 from offload.this_machine import TYPICAL
 from offload.topology import Node, Topology
 from quant.errors import CheckpointError, UsageError
-from quant.packed import ACCURATE
 
 GIB = 2**30
 VNNI = "fpu avx2 avx512bw avx512_vnni avx_vnni"
@@ -345,23 +344,6 @@ def test_speeds_that_were_kept_are_told_with_their_date(monkeypatch: pytest.Monk
     assert (
         told.startswith("of 2026-02-03: memory 522.2 GB/s") and "RTX 4090 (sm 8.9): 1,008 GB/s, PCIe 25 there" in told
     )
-
-
-def test_a_probe_s_figures_are_of_the_right_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On little memory: kernels of the probe run, and give times that a processor can have."""
-    from offload import probe as probe_module
-
-    monkeypatch.setattr(probe_module, "READ_BYTES", 2**26)
-    monkeypatch.setattr(probe_module, "DIM", 256)
-    monkeypatch.setattr(probe_module, "INTER", 128)
-    monkeypatch.setattr(probe_module, "TOKENS", (1, 8))
-    monkeypatch.setattr(probe_module, "RUNS", 1)
-    monkeypatch.setattr(probe_module, "FORMATS", (ACCURATE,))
-    machine = probe_module.probe(lambda _: None)
-    assert Machine.from_fields(json.loads(machine.to_json()), "probe") == machine
-    assert [tokens for tokens, _ in machine.kernels["accurate"]] == [1, 8]
-    assert all(1 < ns < 1e7 for _, ns in machine.kernels["accurate"])
-    assert 1e8 < machine.read_bytes_s < 1e13 and 1e-8 < machine.call_s < 1 and machine.date
 
 
 def test_a_machine_that_tells_nothing_is_examined_all_the_same(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_another_machine_is_planned_for(capsys: pytest.CaptureFixture[str], tmp_
     with pytest.raises(Dsr1Error, match="no machine 'abacus'.*epyc-9355"):
         plan(R1, hardware="abacus")
     (tmp_path / "m.json").write_text('{"version": 9}')
-    with pytest.raises(Dsr1Error, match="not a machine of version 1"):
+    with pytest.raises(Dsr1Error, match="not a machine of version 2"):
         plan(R1, hardware=str(tmp_path / "m.json"))
 
 
@@ -194,6 +194,10 @@ def test_a_saved_plan_is_the_same_again(saved: Path, capsys: pytest.CaptureFixtu
     fresh, again = as_json(capsys, R1, gpu_mem="24G", ram="384G"), as_json(capsys, R1, plan=str(saved))
     for name in ("placements", "gpu_bytes", "ram_bytes", "prefill_chunk", "cache_format", "context", "device"):
         assert fresh[name] == again[name], name
+    elsewhere = as_json(capsys, R1, plan=str(saved), hardware="xeon-6454s-x2")
+    assert elsewhere["machine"]["name"] != again["machine"]["name"] and "date" in elsewhere["machine"]
+    for name in ("placements", "gpu_bytes", "ram_bytes", "prefill_chunk"):
+        assert elsewhere[name] == again[name], name
     pinned = as_json(capsys, R1, plan=str(saved), pins=("attention=accurate", "experts:60/0-3=gpu", "chunk=256"))
     attention = {p["representation"] for p in pinned["placements"] if p["component"] == "attention" and p["layer"] < 61}
     assert attention == {"accurate"} and pinned["prefill_chunk"] == 256

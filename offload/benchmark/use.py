@@ -4,6 +4,8 @@ Planned are the model's files and what is allocated for it. Taken are the model'
 whether Linux holds their pages or not, and the anonymous memory that it touched since before the model was loaded.
 """
 
+import ctypes
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +47,12 @@ def mapped_bytes(folder: Path) -> int:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory that this process holds in RAM; 0 where the system does not tell."""
+    """Anonymous memory that this process holds in RAM; 0 where the system does not tell.
+
+    Freed memory that the C library keeps would be taken again and count for nobody, so it is given back before.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
     for line in _lines("status"):
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 2**10

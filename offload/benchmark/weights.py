@@ -11,19 +11,24 @@ from quant.packing import bf16_of_float, levels_of
 
 
 def random_records(record: ExpertRecord, count: int, seed: int) -> Tensor:
-    """uint8 [count, record.nbytes]: one random expert, each time with its blocks moved on by some.
+    """uint8 [count, record.nbytes] in memory of their own: fill_records."""
+    records = huge_memory(count * record.nbytes).view(count, record.nbytes)
+    fill_records(record, records, seed)
+    return records
+
+
+def fill_records(record: ExpertRecord, records: Tensor, seed: int) -> None:
+    """Write one random expert into each of `records`, uint8 [count, record.nbytes], with its blocks moved on by some.
 
     Drawing every expert anew would take long.
     """
     rng = np.random.default_rng(seed)
     blocks = torch.from_numpy(random_blocks(record, rng))
-    records = huge_memory(count * record.nbytes).view(count, record.nbytes)
-    for number in range(count):
+    for row in records:
         first = int(rng.integers(len(blocks)))
-        used = records[number, : blocks.numel()].view(blocks.shape)
+        used = row[: blocks.numel()].view(blocks.shape)
         used[: len(blocks) - first] = blocks[first:]
         used[len(blocks) - first :] = blocks[:first]
-    return records
 
 
 def random_blocks(record: ExpertRecord, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -1,7 +1,7 @@
 """The figures that plans' predictions stand on: measured now, or kept from before, with their date."""
 
 from offload.checks.check import Check
-from offload.machine import Machine
+from offload.machine import Machine, block_ns
 from offload.this_machine import keep, measured_machine
 from quant.errors import StoreError
 
@@ -32,7 +32,7 @@ def speeds() -> Check:
 
 def _told(machine: Machine) -> str:
     blocks = ", ".join(
-        f"{name} {machine.block_ns(name, 1):.0f}/{machine.block_ns(name, 64):.0f}" for name in machine.kernels
+        f"{name} {block_ns(points, 1):.0f}/{block_ns(points, 64):.0f}" for name, points in machine.experts.items()
     )
     told = f"of {machine.date}: memory {machine.read_bytes_s / 1e9:.1f} GB/s"
     told += f"; ns of a core for a block of weights, with 1 and 64 tokens: {blocks}"

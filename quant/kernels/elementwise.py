@@ -37,11 +37,11 @@ def _convert(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
 
 
 def _copy_rows(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
-    """Arguments: addresses of source and target, rows, bytes of a row (even), bytes from one target row to the next."""
-    source, target, rows, width, stride = arguments_of(arguments, 5)
+    """Arguments: addresses of source and target, rows, bytes of a row (even), and from row to row of either."""
+    source, target, rows, width, source_stride, target_stride = arguments_of(arguments, 6)
     first, end = share(rows, part, parts)
     for row in range(first, end):
-        halves(target + row * stride, (width // 2,))[:] = halves(source + row * width, (width // 2,))
+        halves(target + row * target_stride, (width // 2,))[:] = halves(source + row * source_stride, (width // 2,))
     return 0
 
 

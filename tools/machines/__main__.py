@@ -27,7 +27,20 @@ COMPUTING = {
         "q8": (106.8, 109.6, 109.4, 145.6, 226.1, 379.1, 764.0),
     },
 }
-CALL_S, VALUE_NS, ABSORBED_NS, DECOMPRESSED_NS = 1e-5, 0.8, 0.028, 0.037
+PLAIN_POINTS = ((1, 690.0), (16, 1400.0), (128, 8000.0), (512, 28000.0))  # of float32, on the Xeon's core
+STEPS = {  # of the same core: fields of Machine
+    "expert_output_ns": 0.6,
+    "matrix_output_ns": 0.6,
+    "experts_s": 2e-5,
+    "matrix_s": 1e-5,
+    "call_s": 2e-6,
+    "eager_s": 5e-5,
+    "value_ns": 1.0,
+    "heads_ns": 190.0,
+    "absorbed_ns": 0.025,
+    "decompressed_ns": 0.037,
+}
+OUTPUTS_NS = 0.4  # of a token's results in a block's share, which COMPUTING holds, too
 GPUS = {  # memory in GiB, GB/s, dense bfloat16 TFLOPS with float32 sums, PCIe GB/s one way: data sheets
     "RTX 3090": (24, 936, 71, 25, "8.6"),
     "RTX 4090": (24, 1008, 165, 25, "8.9"),
@@ -102,18 +115,16 @@ def machine_of(sheet: Sheet) -> Machine:
         nodes=sheet.nodes,
         ram=sheet.ram * 2**30,
         read_bytes_s=read,
-        kernels=kernels,
-        call_s=CALL_S,
-        value_ns=VALUE_NS,
-        absorbed_ns=ABSORBED_NS,
-        decompressed_ns=DECOMPRESSED_NS,
+        experts=kernels,
+        matrices={**kernels, "f32": PLAIN_POINTS},
+        **STEPS,
         gpu=MachineGpu(sheet.gpu, memory * 2**30, gb_s * 1e9, tflops * 1e12, pcie * 1e9, pcie * 1e9, capability),
     )
 
 
 def _points(name: str, sheet: Sheet, read: float) -> Points:
     reading = 1e9 * PACKED_FORMATS[name].block_bytes * sheet.cores / (READ_SHARE * read)
-    times = COMPUTING[sheet.isa][name]
+    times = [ns - tokens * OUTPUTS_NS for tokens, ns in zip(TOKENS, COMPUTING[sheet.isa][name], strict=True)]
     return tuple((tokens, round(max(reading, ns), 1)) for tokens, ns in zip(TOKENS, times, strict=True))
 
 
