@@ -47,6 +47,7 @@ class EvalOptions:
     threads: int | None = None
     dtype: str = "bfloat16"
     as_json: bool = False
+    defer_experts: int | None = None
 
     def check(self) -> None:
         """Raise UsageError for options that exclude each other."""
@@ -62,7 +63,8 @@ class EvalOptions:
             "--save-reference": {"--against"},
         }
         if self.tasks:
-            given, excluded = {"--tasks": True, **given}, {"--tasks": set(given) - {"--against"}}
+            given |= {"--tasks": True, "--defer-experts": self.defer_experts}
+            excluded = {"--tasks": set(given) - {"--against", "--tasks"}}
         for option, others in excluded.items():
             clashing = [name for name in others if given[option] is not None and given.get(name) is not None]
             if clashing:
@@ -89,9 +91,9 @@ def evaluate_model(model: str, options: EvalOptions, report: Report) -> Evaluati
     """The figures of `model` on a text, alone or beside a reference."""
     if options.reference is not None:
         saved = SavedReference.open(options.reference.expanduser())
-        return evaluate_saved(load(model, options), saved, report)
+        return evaluate_saved(load(model, options, options.defer_experts), saved, report)
     content = find_text(options.text, model, options.against)  # before a model is loaded
-    engine = load(model, options)
+    engine = load(model, options, options.defer_experts)
     if options.save_reference is not None:
         return evaluate_and_save(engine, content, options.save_reference.expanduser(), options.window, report)
     reference = None if options.against is None else load(options.against, options)
@@ -115,7 +117,7 @@ def measure_tasks(model: str, options: EvalOptions) -> None:
         show_tasks(scores, Console(highlight=False, markup=False))
 
 
-def load(model: str, options: EvalOptions) -> Engine:
+def load(model: str, options: EvalOptions, defer_experts: int | None = None) -> Engine:
     """The engine of one model; what the user should know about it goes to standard error."""
     # mapped: two models at a time need not be in RAM as a whole
     engine = Engine.load(
@@ -124,6 +126,7 @@ def load(model: str, options: EvalOptions) -> Engine:
         threads=options.threads,
         dtype=options.dtype,
         residency="mapped",
+        defer_experts=defer_experts,
         compiling=show_compiling,
     )
     for note in engine.notes:

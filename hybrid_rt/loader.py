@@ -12,6 +12,7 @@ import torch
 from hybrid_rt.layers import Linear
 from hybrid_rt.transformer import Transformer
 from offload.backend import Backend
+from offload.deferral import deferral_of
 from offload.device_experts import ELSEWHERE, DeviceExperts, SplitExperts
 from offload.experts import CpuExperts, ExpertBuffers, ExpertWeights, PackedExperts
 from offload.memory import lock
@@ -93,10 +94,14 @@ class StoredParts:
         placements = self.plan.expert_placements(layer)
         on_device = [placement for placement in placements if placement.tier == "gpu"]
         on_host = [placement for placement in placements if placement.tier != "gpu"]
-        host = CpuExperts(self._host_experts(layer, on_host), self.backend, self.buffers) if on_host else None
+        host = self._cpu_experts(layer, on_host) if on_host else None
         if host is not None and not on_device:
             return host
         return SplitExperts(self._device_experts(layer, on_device), host)
+
+    def _cpu_experts(self, layer: int, placements: Sequence[Placement]) -> CpuExperts:
+        weights, deferral = self._host_experts(layer, placements), deferral_of(self.plan, layer)
+        return CpuExperts(weights, self.backend, self.buffers, deferral)
 
     def _device_experts(self, layer: int, placements: Sequence[Placement]) -> DeviceExperts:
         """Those on the device, which only a store's can be. They are copied there."""

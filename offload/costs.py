@@ -8,7 +8,8 @@ Every figure about the machine comes from its description (offload/machine.py), 
                           gate and up, and down, by the blocks of their own formats
     attention on the CPU  multiplications of the form that runs, by their time; small steps: calls, and values moved
     on a GPU              the larger of bytes by its bandwidth and operations by its rate, at the shares below
-    a layer with both     the CPU's experts beside the GPU's shared expert and its own experts: the longer one counts
+    a layer with both     the CPU's experts beside the GPU's shared expert and its own experts: the longer one counts;
+                          deferred experts beside the next layer's attention, too
 
 The shares and times of a GPU are assumptions; nothing has been measured on one yet.
 """
@@ -16,6 +17,7 @@ The shares and times of a GPU are assumptions; nothing has been measured on one 
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from offload.deferral import DECODED
 from offload.machine import Machine, MachineGpu
 from offload.plan import Placement, Plan
 from offload.workspace import ABSORBED_UP_TO, PREFILL_BLOCK
@@ -134,9 +136,21 @@ class Costs:
         before.add(self._steps(plan, placements, tokens))
         if not plan.on_gpu:
             return _sum(before, _sum(beside, experts))
+        if experts and tokens <= DECODED and plan.deferred_experts:
+            return self._deferring(before, beside, experts, plan.deferred_experts)
         if experts:
             experts.add(self._crossing(tokens))
         return _sum(before, max(beside, experts, key=lambda times: times.seconds))
+
+    def _deferring(self, before: Times, beside: Times, experts: Times, deferred: int) -> Times:
+        """A layer among others that defer some of a token's experts: these run beside the next layer's attention.
+
+        So a layer takes as long as the GPU's part with the experts that it waits for, or as all of its experts.
+        """
+        share = 1 - deferred / self.config.n_activated_experts
+        waited = _sum(Times({name: share * seconds for name, seconds in experts.items()}), self._crossing(DECODED))
+        chain = _sum(before, max(beside, waited, key=lambda times: times.seconds))
+        return max(chain, experts, key=lambda times: times.seconds)
 
     def _matrix(self, placement: Placement, tokens: int) -> Times:
         """The matrices of a component."""

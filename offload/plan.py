@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from quant.errors import Dsr1Error
 from quant.inventory import CacheFormat, Component, TensorSpec
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 Device = Literal["cuda", "cpu", "emulate"]
 Tier = Literal["gpu", "ram", "disk"]  # disk: read when needed, which this version refuses
@@ -83,17 +83,18 @@ class Transfers:
     """Bytes that cross between host and GPU in a forward pass: what goes there and back for each of its tokens.
 
     down: to the host, experts' inputs. up: to the GPU, embedded tokens and experts' outputs. logits: to the host, once
-    a pass.
+    a pass. late: to the GPU, outputs of deferred experts, in decoding.
     """
 
     down: int
     up: int
     logits: int
+    late: int = 0
 
     @property
     def decode(self) -> int:
         """Bytes of one generated token."""
-        return self.down + self.up + self.logits
+        return self.down + self.up + self.logits + self.late
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Plan:
     none. context_bytes: what CUDA itself takes. allocator_bytes: for what its allocator rounds up and leaves between
     blocks. host_bytes: buffers through which experts get their inputs. decode_ram_bytes: weights read from RAM for a
     token. transfers: between host and GPU; None without one. nodes: NUMA nodes that copied experts are split over.
+    deferred_experts: of a token, that join one layer later in decoding (offload/deferral.py).
     reasons: why it is this plan, a sentence for each choice.
     """
 
@@ -129,6 +131,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     nodes: int = 1
+    deferred_experts: int = 0
     version: int = PLAN_VERSION
 
     @property
@@ -180,6 +183,12 @@ class Plan:
     def representation(self, layer: int | None, component: PlanComponent) -> str:
         """The format in which a component of a layer is used. Raises KeyError if the model has none."""
         return self._by_key[layer, component][0].representation
+
+    @cached_property
+    def layers_with_host_experts(self) -> frozenset[int]:
+        """Layers, MTP layers left out, some or all of whose routed experts are not on a GPU."""
+        found = (p.layer for p in self.placements if p.component == "routed_expert" and p.tier != "gpu")
+        return frozenset(layer for layer in found if layer is not None and layer < self.n_layers)
 
     def gpu_experts(self) -> int:
         """Routed experts on the GPU, in all layers together."""

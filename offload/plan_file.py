@@ -41,12 +41,14 @@ class SavedPlan:
         """The wishes, with what the user left out as the file has it."""
         device: Device = _one_of(self.fields, "device", ("cuda", "cpu", "emulate"), self.path)
         gpu_mem = None if device == "cpu" else _count(self.fields, "gpu_budget", self.path)
+        deferred = _count(self.fields, "deferred_experts", self.path, least=0)
         return replace(
             wishes,
             device=device if wishes.device == "auto" else wishes.device,
             gpu_mem=gpu_mem if wishes.gpu_mem is None else wishes.gpu_mem,
             ram=_count(self.fields, "ram_budget", self.path) if wishes.ram is None else wishes.ram,
             context=_count(self.fields, "context", self.path) if wishes.context is None else wishes.context,
+            defer_experts=deferred if wishes.defer_experts is None else wishes.defer_experts,
         )
 
     def reused(self, planning: "Planning") -> Plan:
@@ -106,10 +108,10 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _count(fields: Mapping[str, Any], name: str, path: Path) -> int:
+def _count(fields: Mapping[str, Any], name: str, path: Path, least: int = 1) -> int:
     value = fields.get(name)
-    if type(value) is not int or not 1 <= value < 2**60:
-        raise PlanError(f"{path}: {name} is {str(value)[:40]!r}, which is no number from 1 on; {AGAIN}")
+    if type(value) is not int or not least <= value < 2**60:
+        raise PlanError(f"{path}: {name} is {str(value)[:40]!r}, which is no number from {least} on; {AGAIN}")
     return value
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from offload.costs import Costs
+from offload.deferral import deferral_of
 from offload.expert_places import Usage, place_experts
 from offload.machine import Machine
 from offload.parts import Available, Budget, Part, Parts, expert_forms
@@ -184,6 +185,7 @@ def empty_plan(planning: Planning) -> Plan:
         transfers=None,
         placements=(),
         notes=planning.notes,
+        deferred_experts=budget.deferred_experts,
     )
 
 
@@ -285,11 +287,11 @@ def _decode_ram_bytes(config: ModelConfig, placements: Sequence[Placement]) -> i
 
 def _transfers(config: ModelConfig, plan: Plan) -> Transfers:
     """x (float32), ids (int64) and router weights (float32) of experts go down, their sums (float32) come up."""
-    layers = {p.layer for p in plan.placements if p.component == "routed_expert" and p.tier == "ram"}
-    count = sum(1 for layer in layers if layer is not None and layer < config.n_layers)
-    down = count * (4 * config.dim + 12 * config.n_activated_experts)
+    layers = plan.layers_with_host_experts
+    down = len(layers) * (4 * config.dim + 12 * config.n_activated_experts)
     embedded = config.dim * DTYPE_BYTES[plan.dtype]
-    return Transfers(down, embedded + count * 4 * config.dim, 4 * config.vocab_size)
+    late = 4 * config.dim * sum(deferral_of(plan, layer).joins for layer in layers)
+    return Transfers(down, embedded + len(layers) * 4 * config.dim, 4 * config.vocab_size, late)
 
 
 def _reasons(planning: Planning, level: Level, plan: Plan, tried: Mapping[Level, Plan]) -> Iterator[str]:
@@ -338,5 +340,12 @@ def _expert_reasons(planning: Planning, plan: Plan) -> Iterator[str]:
         yield f"{count:,} routed experts fill what is left of the GPU, {how}."
     elif any(part.movable for part in planning.parts.all):
         yield "No routed experts are on the GPU: what is left does not hold one and what it needs to run there."
+    if plan.deferred_experts:
+        without = planning.costs.predict(replace(plan, deferred_experts=0)).decode_tok_s
+        yield (
+            f"In decoding, {plan.deferred_experts} of a token's {planning.config.n_activated_experts} experts join one "
+            f"layer later, as asked: {planning.costs.predict(plan).decode_tok_s:,.1f} tokens/s are predicted, and "
+            f"{without:,.1f} without. Answers change; docs/quality.md has how much."
+        )
     if plan.nodes > 1:
         yield f"Experts are copied, because mapped files cannot be placed on the {plan.nodes} NUMA nodes."

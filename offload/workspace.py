@@ -10,6 +10,7 @@ Shapes: T tokens of a chunk, S cached tokens of a block, H heads, C = kv_lora, D
 import os
 from dataclasses import dataclass
 
+from offload.deferral import DECODED
 from offload.plan import Plan
 from quant.config import ModelConfig
 from quant.gpu import shapes
@@ -75,7 +76,7 @@ def _attends_by_kernels(config: ModelConfig, plan: Plan) -> bool:
 def host_bytes(config: ModelConfig, chunk: int) -> int:
     """Bytes of the host buffers of offload/experts.py for up to `chunk` tokens."""
     pairs = chunk * config.n_activated_experts
-    inputs_and_output = 2 * chunk * config.dim * F32 + pairs * (8 + F32)
+    inputs_and_output = 2 * (chunk + DECODED) * config.dim * F32 + pairs * (8 + F32)  # two rows are of deferred ones
     order = 8 * (2 * config.n_routed_experts + 3 + pairs)
     return inputs_and_output + order + max(_packed_scratch(config, chunk), _plain_scratch(config, chunk))
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from offload.backend import Backend, CpuBackend, Event, Stream
+from offload.deferral import Deferral
 from offload.experts import CpuExperts, ExpertBuffers, PackedExperts
 from offload.graphs import GraphingBackend
 from offload.order import violations
@@ -23,6 +24,7 @@ from tests.tiny_checkpoint import TINY
 
 CONFIG: ModelConfig = parse_config({**TINY, "hidden_size": 128, "n_routed_experts": 8, "moe_intermediate_size": 16})
 CAPACITY, SCHEDULES = 4, 1000
+KINDS = ("run_on_cpu", "run_graph", "run_streamed", "run_deferring", "run_deferring_graph")
 
 
 class RandomBackend(CpuBackend):
@@ -137,18 +139,22 @@ class Tape(TorchDispatchMode):
 
 
 class Layers:
-    """Two layers of experts on a backend, on the CPU and streamed."""
+    """Two layers of experts on a backend, on the CPU and streamed, and three of which two defer an expert."""
 
     def __init__(self, backend: Backend, tape: Tape | None = None) -> None:
         self.backend, self.tape = backend, tape
         self.buffers = ExpertBuffers(CONFIG, backend, CAPACITY)
         self.cpu = [CpuExperts(packed, backend, self.buffers) for packed in RECORDS]
+        deferrals = [Deferral(experts=layer < 2, joins=layer > 0) for layer in range(3)]
+        self.deferring = [
+            CpuExperts(RECORDS[layer % 2], backend, self.buffers, deferral) for layer, deferral in enumerate(deferrals)
+        ]
         self.staging = Staging(backend, RECORDS[0].record, size=3)
         self.streamed = [StreamedExperts(packed, self.staging) for packed in RECORDS]
-        self.steps: dict[int, tuple[Tensor, Any]] = {}
+        self.steps: dict[tuple[int, bool], tuple[Tensor, Any]] = {}
 
-    def run_on_cpu(self, x: Tensor) -> Tensor:
-        for layer in self.cpu:
+    def run_on_cpu(self, x: Tensor, deferring: bool = False) -> Tensor:
+        for layer in self.deferring if deferring else self.cpu:
             pending = layer.submit(x, *choices(x))
             shared = x * 0.5
             x = (shared + layer.sync(pending)).tanh()
@@ -159,14 +165,21 @@ class Layers:
             x = (x * 0.5 + layer.run(x, *choices(x))).tanh()
         return x
 
-    def run_graph(self, x: Tensor) -> Tensor:
+    def run_deferring(self, x: Tensor) -> Tensor:
+        return self.run_on_cpu(x[:1], deferring=True)
+
+    def run_deferring_graph(self, x: Tensor) -> Tensor:
+        return self.run_graph(x[:1], deferring=True)
+
+    def run_graph(self, x: Tensor, deferring: bool = False) -> Tensor:
         """As a decoding step: captured when a number of tokens first comes, replayed from its fixed input."""
         assert isinstance(self.backend, GraphingBackend) and self.tape is not None
-        if len(x) not in self.steps:
+        key = len(x), deferring
+        if key not in self.steps:
             fixed = x.clone()
             with self.tape:
-                self.steps[len(x)] = fixed, self.backend.capture(lambda: self.run_on_cpu(fixed))
-        fixed, step = self.steps[len(x)]
+                self.steps[key] = fixed, self.backend.capture(lambda: self.run_on_cpu(fixed, deferring))
+        fixed, step = self.steps[key]
         fixed.copy_(x)
         result: Tensor = step.replay()
         return result.clone()
@@ -201,7 +214,7 @@ def recording(seed: int) -> tuple[RecordingBackend, Layers]:
 def schedule(seed: int) -> list[tuple[str, Tensor]]:
     """Passes in random order: how, and of which x [T, dim]."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    kinds = rng.choices(("run_on_cpu", "run_graph", "run_streamed"), (3, 5, 1), k=rng.randint(2, 4))
+    kinds = rng.choices(KINDS, (3, 5, 1, 2, 3), k=rng.randint(2, 4))
     return [(kind, torch.randn(rng.randint(1, CAPACITY), CONFIG.dim, generator=generator)) for kind in kinds]
 
 
@@ -219,7 +232,7 @@ def test_a_thousand_random_schedules() -> None:
     for seed in range(SCHEDULES):
         backend, layers = recording(seed)
         for kind, x in schedule(seed):
-            expected = plain.run_streamed(x) if kind == "run_streamed" else plain.run_on_cpu(x)
+            expected = getattr(plain, kind.replace("_graph", "_on_cpu").replace("deferring_on_cpu", "deferring"))(x)
             with backend.counting():
                 found = getattr(layers, kind)(x)
             assert torch.equal(found, expected), (seed, kind)
@@ -304,6 +317,7 @@ def found_with(make: Callable[[Layers], Mistake]) -> list[str]:
     for _ in range(2):
         with backend.counting():
             layers.run_streamed(layers.run_on_cpu(torch.randn(2, CONFIG.dim)))
+            layers.run_deferring(torch.randn(1, CONFIG.dim))
     return violations(backend.operations)
 
 
