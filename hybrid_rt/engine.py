@@ -56,7 +56,7 @@ class Engine:
         self.transformer, self.buffers, self.tokenizer = transformer, buffers, tokenizer
         self.backend, self.context, self.notes = buffers.backend, plan.context, notes
         self.default_sampling = load_sampling(self.folder)
-        self.prefill_chunk = buffers.max_tokens
+        self.prefill_chunk = plan.prefill_chunk
         self.scale = softmax_scale(self.config)
         self._turn = threading.Lock()  # sessions on several threads share the experts' buffers
 
@@ -106,7 +106,7 @@ class Engine:
         use_threads(threads)
         compile_ahead(PACKED_KERNELS if isinstance(source, Store) else PLAIN_KERNELS, compiling)
         backend = make_backend(chosen, source.config)
-        buffers = ExpertBuffers(source.config, backend, chosen.prefill_chunk)
+        buffers = ExpertBuffers(source.config, backend, chosen.host_tokens)
         loading = Loading(topology, notes, progress)
         transformer = load_transformer(source, chosen, DTYPES[dtype], backend, buffers, loading)
         return cls(source, chosen, transformer, buffers, tokenizer, notes)

@@ -12,11 +12,9 @@ layer l + 1 (KTransformers, SOSP 2025, section 4). This changes numbers; docs/qu
 
 from dataclasses import dataclass
 
-from offload.plan import Plan
+from offload.plan import DECODED, Plan
 from quant.config import ModelConfig
 from quant.errors import UsageError
-
-DECODED = 1  # tokens of a pass that defers
 
 
 @dataclass(frozen=True)

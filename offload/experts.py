@@ -30,8 +30,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from offload.backend import Backend
-from offload.deferral import DECODED, NO_DEFERRAL, Deferral
+from offload.deferral import NO_DEFERRAL, Deferral
 from offload.node_experts import NodeExperts
+from offload.plan import DECODED
 from quant.config import ModelConfig
 from quant.conversion import as_float32, converted
 from quant.formats import QuantTensor

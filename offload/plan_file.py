@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.parts import Part
-from offload.pins import CACHE_FORMATS, pinned_cache, pinned_chunk
-from offload.plan import PLAN_VERSION, RAM_RESIDENCIES, Device, Plan, PlanError, Range, Residency, Tier
+from offload.pins import CACHE_FORMATS, LEAST_STREAMED, pinned_cache, pinned_chunk, pinned_stream
+from offload.plan import PLAN_VERSION, RAM_RESIDENCIES, Device, Plan, PlanError, Range, Residency, Streaming, Tier
 from offload.sizes import format_size
 from quant.files import new_file
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from offload.wishes import Wishes
 
 MOST_BYTES = 2**26
+MOST_STREAMED = 16  # experts of a slice
 AGAIN = "make it anew with `dsr1 plan MODEL --save FILE`"
 Key = tuple[int | None, str]
 
@@ -85,7 +86,22 @@ class SavedPlan:
             placements=tuple(part.placed() for part in parts),
             reasons=(f"Everything is as {self.path.name} says" + (", and --pin." if planning.pins else "."),),
             nodes=planning.budget.nodes if copied else 1,
+            streaming=self._streaming(planning),
         )
+
+    def _streaming(self, planning: "Planning") -> Streaming | None:
+        """As a pin or the file has it."""
+        pinned, found = pinned_stream(planning.pins), self.fields.get("streaming")
+        if pinned == "off" or (pinned is None and found is None) or planning.budget.device == "cpu":
+            return None
+        if found is not None and not isinstance(found, dict):
+            raise PlanError(f"{self.path}: streaming is {str(found)[:40]!r}, which is damaged; {AGAIN}")
+        from offload.planner import SLICE_EXPERTS
+
+        fields = {"from_tokens": pinned, "slice_experts": SLICE_EXPERTS} if found is None else found
+        size = min(MOST_STREAMED, _count(fields, "slice_experts", self.path))
+        least = max(LEAST_STREAMED, pinned or _count(fields, "from_tokens", self.path))
+        return Streaming(least, min(size, planning.config.n_routed_experts))
 
 
 def read_plan(path: Path) -> SavedPlan:

@@ -17,7 +17,7 @@ from offload.experts import CpuExperts, ExpertBuffers, PackedExperts
 from offload.graphs import GraphingBackend
 from offload.order import violations
 from offload.recording import Operation, RecordingBackend, uses
-from offload.streamed_experts import Rates, Staging, StreamedExperts, streaming_pays
+from offload.streamed_experts import Staging, StreamedExperts
 from quant.config import ModelConfig, parse_config
 from quant.packed import FAST, ExpertRecord
 from tests.tiny_checkpoint import TINY
@@ -149,8 +149,9 @@ class Layers:
         self.deferring = [
             CpuExperts(RECORDS[layer % 2], backend, self.buffers, deferral) for layer, deferral in enumerate(deferrals)
         ]
-        self.staging = Staging(backend, RECORDS[0].record, size=3)
-        self.streamed = [StreamedExperts(packed, self.staging) for packed in RECORDS]
+        self.staging = Staging(backend, RECORDS[0].record.nbytes, CONFIG.n_routed_experts, size=3)
+        whole = [(0, CONFIG.n_routed_experts)]
+        self.streamed = [StreamedExperts(packed, whole, self.staging) for packed in RECORDS]
         self.steps: dict[tuple[int, bool], tuple[Tensor, Any]] = {}
 
     def run_on_cpu(self, x: Tensor, deferring: bool = False) -> Tensor:
@@ -162,7 +163,8 @@ class Layers:
 
     def run_streamed(self, x: Tensor) -> Tensor:
         for layer in self.streamed:
-            x = (x * 0.5 + layer.run(x, *choices(x))).tanh()
+            pending = layer.submit(x, *choices(x))
+            x = (x * 0.5 + layer.sync(pending)).tanh()
         return x
 
     def run_deferring(self, x: Tensor) -> Tensor:
@@ -349,12 +351,3 @@ def test_a_graph_with_a_stale_address_is_found(freed: bool) -> None:
     found = violations(backend.operations)
     assert [sentence for sentence in found if "a stale address" in sentence] == found
     assert bool(found) == freed
-
-
-def test_streaming_pays_where_there_are_many_tokens_and_a_fast_link() -> None:
-    """R1's layer: 5.9 GiB. At 100 GB/s of RAM and 5 Top/s a CPU takes 63 ms to read it and 9 ms for 64 tokens."""
-    record = ExpertRecord(FAST, 7168, 2048)
-    fast, slow = (Rates(ram=100e9, link=link, cpu=5e12, gpu=100e12) for link in (50e9, 3e9))
-    for tokens, pays in ((1, False), (64, False), (512, False), (4096, True)):
-        assert streaming_pays(tokens, 8, 256, record, fast) == pays
-    assert not streaming_pays(4096, 8, 256, record, slow)
