@@ -77,14 +77,20 @@ def random_ids(count: int) -> torch.Tensor:
     return torch.randint(0, 500, (count,), generator=torch.Generator().manual_seed(4))
 
 
-@pytest.mark.parametrize(("fmt", "share"), [("float32", 1e-3), ("int8", 2e-2)])
-def test_states_are_those_of_the_usual_way(model: Model, fmt: CacheFormat, share: float) -> None:
-    """A long chunk, a short one that is absorbed, and single tokens; in 8 bits the least difference may turn a code."""
-    ids, caches = random_ids(TOKENS + 40), [model.cache(fmt), model.cache(fmt)]
+@pytest.mark.parametrize(("fmt", "most"), [("float32", 1e-4), ("int8", 0.5)])
+def test_states_are_those_of_the_usual_way(model: Model, fmt: CacheFormat, most: float) -> None:
+    """A long chunk, a short one that is absorbed, and single tokens.
+
+    In 8 bits the least difference may turn a code, and then a choice of experts: that changes few tokens.
+    """
+    ids, caches, errors = random_ids(TOKENS + 40), [model.cache(fmt), model.cache(fmt)], []
     with torch.inference_mode():
         for chunk in ids.split([TOKENS, 38, 1, 1]):
             found, expected = (model.run(chunk, cache, way) for cache, way in zip(caches, (True, False), strict=True))
-            assert torch.allclose(found, expected, rtol=share, atol=share)
+            errors.append((found - expected).norm(dim=-1) / expected.norm(dim=-1))
+    error = torch.cat(errors)
+    print(f"{fmt}: {error.median():.1e}, at most {error.max():.1e}")
+    assert error.median() < 0.02 * most and error.max() < most
 
 
 @pytest.mark.parametrize("fmt", ["float32", "int8"])
