@@ -81,6 +81,7 @@ def measure(model: str, options: EvalOptions) -> None:
         found = evaluate_model(model, options, report)
     if options.as_json:
         told = {"model": model, "against": options.against, "text": options.text, "dtype": options.dtype}
+        told["defer_experts"] = options.defer_experts
         told["reference"] = None if options.reference is None else str(options.reference)
         print(json.dumps(told | asdict(found)))
     else:

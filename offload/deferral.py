@@ -2,7 +2,7 @@
 
 Of a token's K experts in layer l the n with the smallest weights are deferred: they see what the others see, and their
 sum is added to the residual stream after layer l + 1, so that the CPU computes them while the GPU runs the attention of
-layer l + 1 (KTransformers, SOSP 2025, section 4). This changes numbers; docs/quality.md has how much.
+layer l + 1 ("Expert Deferral" of KTransformers, SOSP 2025). This changes numbers; docs/quality.md has how much.
 
     which    by weight alone; of equal weights the expert with the larger id is deferred
     when     in passes of a single token: prompts, and what the cache keeps of them, are as without
