@@ -80,9 +80,14 @@ def measure(model: str, options: EvalOptions) -> None:
     with shown_progress("windows") as report:
         found = evaluate_model(model, options, report)
     if options.as_json:
-        told = {"model": model, "against": options.against, "text": options.text, "dtype": options.dtype}
-        told["defer_experts"] = options.defer_experts
-        told["reference"] = None if options.reference is None else str(options.reference)
+        told = {
+            "model": model,
+            "against": options.against,
+            "text": options.text,
+            "dtype": options.dtype,
+            "defer_experts": options.defer_experts,
+            "reference": None if options.reference is None else str(options.reference),
+        }
         print(json.dumps(told | asdict(found)))
     else:
         show(found, Console(highlight=False, markup=False))

@@ -38,6 +38,8 @@ HANDOVER_S = 30e-6  # from GPU to CPU and back, for a layer's experts, beside th
 SLICE_CALLS, CALL_S = 25, 8e-6  # of torch and kernels, for some tokens and a slice of streamed experts; not recorded
 STREAM_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)  # tokens of a pass, from which streaming is tried
 
+WORTH = 1.05  # what takes more memory is taken if it makes prefill so many times as fast
+
 READING, COMPUTING, STEPS = "reading weights from RAM", "the processor's arithmetic", "small steps on the processor"
 ATTENTION, GPU_READING, GPU_COMPUTING = "attention on the processor", "the GPU's memory", "the GPU's arithmetic"
 CROSSING, QUEUING = "PCIe and handing over", "calls that queue the GPU's work"

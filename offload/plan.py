@@ -15,6 +15,7 @@ from quant.packed import EXPERT_FORMATS
 
 PLAN_VERSION = 3
 DECODED = 1  # tokens of a pass that may defer experts
+SLICE_EXPERTS = 8  # that are streamed at a time; R1's take 189 MiB
 
 Device = Literal["cuda", "cpu", "emulate"]
 Tier = Literal["gpu", "ram", "disk"]  # disk: read when needed, which this version refuses

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from offload.parts import Part
 from offload.pins import CACHE_FORMATS, LEAST_STREAMED, pinned_cache, pinned_chunk, pinned_stream
-from offload.plan import PLAN_VERSION, RAM_RESIDENCIES, Device, Plan, PlanError, Range, Residency, Streaming, Tier
+from offload.plan import (
+    PLAN_VERSION,
+    RAM_RESIDENCIES,
+    SLICE_EXPERTS,
+    Device,
+    Plan,
+    PlanError,
+    Range,
+    Residency,
+    Streaming,
+    Tier,
+)
 from offload.sizes import format_size
 from quant.files import new_file
 
@@ -96,8 +107,6 @@ class SavedPlan:
             return None
         if found is not None and not isinstance(found, dict):
             raise PlanError(f"{self.path}: streaming is {str(found)[:40]!r}, which is damaged; {AGAIN}")
-        from offload.planner import SLICE_EXPERTS
-
         fields = {"from_tokens": pinned, "slice_experts": SLICE_EXPERTS} if found is None else found
         size = min(MOST_STREAMED, _count(fields, "slice_experts", self.path))
         least = max(LEAST_STREAMED, pinned or _count(fields, "from_tokens", self.path))

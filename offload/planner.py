@@ -10,11 +10,11 @@ Plans are compared in this order, and the first that fits is the best one:
 More memory never makes the plan worse in this order, because every plan that fits less memory fits more.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from offload.costs import Costs
+from offload.costs import WORTH, Costs
 from offload.deferral import deferral_of
 from offload.expert_places import Usage, place_experts
 from offload.machine import Machine
@@ -22,6 +22,7 @@ from offload.parts import Available, Budget, Part, Parts, expert_forms
 from offload.pins import Pin, pinned_cache, pinned_chunk, pinned_stream
 from offload.plan import (
     RAM_RESIDENCIES,
+    SLICE_EXPERTS,
     Placement,
     Plan,
     PlanComponent,
@@ -31,6 +32,7 @@ from offload.plan import (
     Transfers,
     is_streamable,
 )
+from offload.reasons import reasons
 from offload.shortage import Shortages
 from offload.sizes import format_size
 from offload.workspace import device_expert_bytes, host_bytes, workspace_bytes
@@ -41,8 +43,6 @@ from quant.packed import EXPERT_FORMATS
 
 DEFAULT_CONTEXT = 32768
 PREFILL_CHUNKS = (128, 256, 512, 1024, 2048, 4096)  # tokens
-WORTH = 1.05  # a larger chunk is taken if it makes prefill so many times as fast
-SLICE_EXPERTS = 8  # that are streamed at a time; R1's take 189 MiB
 CUDA_CONTEXT = 3 * 2**28  # bytes; libraries' handles and kernels among them
 ALLOCATOR_RESERVE = 2**28  # bytes; rounding, and gaps that blocks of other sizes leave
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -185,7 +185,7 @@ def find_plan(planning: Planning) -> tuple[Plan | None, Plan]:
         filled = place_experts(plan, planning.parts.all, planning.usage, _room(planning, plan))
         counted = recount(planning.config, filled)
         if fits(counted):
-            return replace(counted, reasons=tuple(_reasons(planning, level, counted, tried))), counted
+            return replace(counted, reasons=tuple(reasons(planning, level, counted, tried))), counted
         tried[level] = counted
     return None, counted
 
@@ -345,81 +345,3 @@ def _transfers(config: ModelConfig, plan: Plan) -> Transfers:
     embedded = config.dim * DTYPE_BYTES[plan.dtype]
     late = 4 * config.dim * sum(deferral_of(plan, layer).joins for layer in layers)
     return Transfers(embedded, down, len(layers) * 4 * config.dim, 4 * config.vocab_size, late)
-
-
-def _reasons(planning: Planning, level: Level, plan: Plan, tried: Mapping[Level, Plan]) -> Iterator[str]:
-    """A sentence for each choice."""
-    yield _quality_reason(planning, level, tried)
-    fastest = planning.prefills[0]
-    speed = planning.costs.prefill_tok_s(plan)
-    if pinned_chunk(planning.pins) is not None:
-        yield f"Prefill goes in chunks of {plan.prefill_chunk} tokens, as --pin says."
-    elif (plan.prefill_chunk, plan.streaming is not None) == (fastest.chunk, fastest.streams):
-        yield (
-            f"Prefill goes in chunks of {plan.prefill_chunk} tokens ({speed:,.0f} tokens/s predicted): larger ones "
-            f"would not make it {WORTH - 1:.0%} faster, or are longer than the context."
-        )
-    else:
-        yield (
-            f"Prefill goes in chunks of {plan.prefill_chunk} tokens ({speed:,.0f} tokens/s predicted); those of "
-            f"{fastest.chunk}{', streamed,' if fastest.streams else ','} which would be faster, need more memory."
-        )
-    yield from _streaming_reasons(planning, plan)
-    yield from _expert_reasons(planning, plan)
-
-
-def _quality_reason(planning: Planning, level: Level, tried: Mapping[Level, Plan]) -> str:
-    best = planning.levels()[0]
-    if level == best:
-        return "Everything that is not a routed expert is as exact as the model has it, because that fits."
-    lower = ["the cache (8 bits)"] if level.cache != best.cache else []
-    lower += [name.replace("_expert", " experts").replace("dense", "dense layers") for name in level.reduced]
-    [*_, before] = [plan for other, plan in tried.items() if other != level]
-    short = before.gpu_bytes - before.gpu_budget if before.on_gpu else before.ram_bytes - before.ram_budget
-    return (
-        f"Smaller forms, the least harmful first: {', '.join(lower)}. With one step less, "
-        f"{format_size(max(0, short))} would be missing."
-    )
-
-
-def _streaming_reasons(planning: Planning, plan: Plan) -> Iterator[str]:
-    """Whether long passes send the experts that are in RAM to the GPU, and why."""
-    if not any(is_streamable(placement, plan.n_layers) for placement in plan.placements) or not plan.on_gpu:
-        return
-    tokens, streaming = plan.prefill_chunk, plan.streaming or Streaming(1, SLICE_EXPERTS)
-    times = [planning.costs.layer_experts_s(plan, how, tokens) for how in (streaming, None)]
-    both = f"streamed, a layer's experts of {tokens} tokens are predicted to take {times[0]:.2f} s, and on the CPU "
-    both += f"{times[1]:.2f} s"
-    if plan.streaming is not None:
-        yield (
-            f"From {streaming.from_tokens} tokens a pass on, the GPU computes also the experts that are in RAM, which "
-            f"cross PCIe {streaming.slice_experts} at a time: {both}."
-        )
-    elif pinned_stream(planning.pins) == "off":
-        yield f"Experts in RAM are never streamed to the GPU, as --pin says: {both}."
-    else:
-        why = "is slower, or not worth the memory" if times[0] >= times[1] / WORTH else "needs buffers that do not fit"
-        yield f"Experts in RAM are not streamed to the GPU for long passes, because that {why}: {both}."
-
-
-def _expert_reasons(planning: Planning, plan: Plan) -> Iterator[str]:
-    if not plan.on_gpu:
-        return
-    if count := plan.gpu_experts():
-        how = (
-            "the most used ones of the profile"
-            if planning.usage
-            else "layer by layer, as no profile tells of their use"
-        )
-        yield f"{count:,} routed experts fill what is left of the GPU, {how}."
-    elif any(part.movable for part in planning.parts.all):
-        yield "No routed experts are on the GPU: what is left does not hold one and what it needs to run there."
-    if plan.deferred_experts:
-        without = planning.costs.predict(replace(plan, deferred_experts=0)).decode_tok_s
-        yield (
-            f"In decoding, {plan.deferred_experts} of a token's {planning.config.n_activated_experts} experts join one "
-            f"layer later, as asked: {planning.costs.predict(plan).decode_tok_s:,.1f} tokens/s are predicted, and "
-            f"{without:,.1f} without. Answers change; docs/quality.md has how much."
-        )
-    if plan.nodes > 1:
-        yield f"Experts are copied, because mapped files cannot be placed on the {plan.nodes} NUMA nodes."

@@ -18,9 +18,9 @@ from offload.machine import Machine, load_machine
 from offload.node_experts import NodeExperts, split_records
 from offload.parts import Budget
 from offload.pins import parse_pins
-from offload.plan import Plan, PlanError, Streaming
+from offload.plan import SLICE_EXPERTS, Plan, PlanError, Streaming
 from offload.plan_file import read_plan, save_plan
-from offload.planner import SLICE_EXPERTS, Planning, make_plan
+from offload.planner import Planning, make_plan
 from offload.streamed_experts import HostExperts, Staging, StreamedExperts
 from quant.errors import UsageError
 from quant.inventory import Inventory
