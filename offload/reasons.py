@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload.costs import WORTH
+from offload.deferral import deferral_of
 from offload.pins import pinned_chunk, pinned_stream
 from offload.plan import SLICE_EXPERTS, Plan, Streaming, is_streamable
 from offload.sizes import format_size
@@ -88,7 +89,9 @@ def _expert_reasons(planning: "Planning", plan: Plan) -> Iterator[str]:
         yield f"{count:,} routed experts fill what is left of the GPU, {how}."
     elif any(part.movable for part in planning.parts.all):
         yield "No routed experts are on the GPU: what is left does not hold one and what it needs to run there."
-    if plan.deferred_experts:
+    if plan.deferred_experts and not any(deferral_of(plan, layer).experts for layer in range(plan.n_layers)):
+        yield "No expert is deferred, though asked for: no two layers in a row have experts in RAM."
+    elif plan.deferred_experts:
         without = planning.costs.predict(replace(plan, deferred_experts=0)).decode_tok_s
         yield (
             f"In decoding, {plan.deferred_experts} of a token's {planning.config.n_activated_experts} experts join one "
