@@ -43,7 +43,7 @@ class AsStored(StoredParts):
 class Model:
     """A tiny model on a backend that records: `usual` and `device` differ in how attention reads wkv_b."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         source = Checkpoint.open(folder)
         self.config, self.scale = source.config, softmax_scale(source.config)
         self.recorder = RecordingBackend(CpuBackend())
@@ -53,9 +53,9 @@ class Model:
         available, machine = lambda spec: source.representations(spec.name), load_machine(TYPICAL)
         plan = make_plan(Planning(source.inventory, available, budget, machine))
         buffers = ExpertBuffers(source.config, self.backend, TOKENS)
-        parts = (source, plan, torch.float32, self.backend, buffers)
-        self.usual = Transformer(source.config, StoredParts(*parts), torch.float32, 0).eval()
-        self.device = Transformer(source.config, AsStored(*parts), torch.float32, 0).eval()
+        parts = (source, plan, dtype, self.backend, buffers)
+        self.usual = Transformer(source.config, StoredParts(*parts), dtype, 0).eval()
+        self.device = Transformer(source.config, AsStored(*parts), dtype, 0).eval()
 
     def cache(self, fmt: CacheFormat = "float32") -> LatentCache:
         return LatentCache(self.config, 512, fmt, self.backend)
