@@ -31,7 +31,7 @@ from quant.config import parse_config
 from quant.errors import Dsr1Error
 from quant.isa import has_tiles
 from quant.kernels import bandwidth, set_threads, thread_count
-from quant.kernels.packed_tiles import PEAK_BYTES, PEAK_OPERATIONS
+from quant.kernels.tile_instructions import PEAK_BYTES, PEAK_OPERATIONS
 from quant.packed import ACCURATE, FAST, PACKED_FORMATS, ExpertRecord, PackedFormat
 from quant.packing import decode
 from tests.tiny_checkpoint import TINY

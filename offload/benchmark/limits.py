@@ -19,8 +19,8 @@ from quant.kernels.bandwidth import (
     multiply_tiles,
     read_ranges,
 )
-from quant.kernels.packed_tiles import PEAK_BYTES, PEAK_OPERATIONS
 from quant.kernels.threads import thread_count
+from quant.kernels.tile_instructions import PEAK_BYTES, PEAK_OPERATIONS
 
 READ_RUNS = 3  # of each variant
 PEAK_RUNS = 5

@@ -18,8 +18,8 @@ from quant.isa import x86_has
 from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner
 from quant.kernels.packed_dot import BYTES, LINE, dot_bytes
-from quant.kernels.packed_tiles import HAS_TILES, PEAK_BYTES, configure_tiles, release_tiles, tile_rounds
 from quant.kernels.threads import call, thread_count
+from quant.kernels.tile_instructions import HAS_TILES, PEAK_BYTES, configure_tiles, release_tiles, tile_rounds
 from quant.kernels.tiles import integers, share
 from quant.kernels.vector import I32, I64, LANES, VI, i64, load_lanes, prefetch, splat_bits
 

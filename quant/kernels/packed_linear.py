@@ -7,8 +7,9 @@ from quant.kernels.atomics import arguments_of
 from quant.kernels.jit import Kernel, inner, shared
 from quant.kernels.packed_dot import SLOTS
 from quant.kernels.packed_rows import RESULTS, TABLE_BYTES, Rows, multiply_rows, set_tiles, tile_bytes
-from quant.kernels.packed_tiles import SCRATCH_BYTES, TOKENS
+from quant.kernels.packed_tiles import SCRATCH_BYTES
 from quant.kernels.team import Team, barrier, take
+from quant.kernels.tile_steps import TOKENS
 from quant.kernels.tile_unit import use_tile_unit
 from quant.kernels.tiles import floats, share
 from quant.packed import BLOCK_K, TILE_ROWS

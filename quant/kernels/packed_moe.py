@@ -26,7 +26,7 @@ from quant.kernels.jit import Kernel, inner, shared
 from quant.kernels.packed_dot import SLOTS
 from quant.kernels.packed_linear import padded_rows, unit_tiles
 from quant.kernels.packed_rows import HALF, RESULTS, TABLE_BYTES, Rows, multiply_rows, set_tiles, tile_bytes
-from quant.kernels.packed_tiles import SCRATCH_BYTES, TOKENS, uses_tiles
+from quant.kernels.packed_tiles import SCRATCH_BYTES, uses_tiles
 from quant.kernels.routing import (
     LAYER_FIELDS,
     Layer,
@@ -38,6 +38,7 @@ from quant.kernels.routing import (
 )
 from quant.kernels.silu import silu_lanes
 from quant.kernels.team import COUNTER_COUNT, Team, barrier, take
+from quant.kernels.tile_steps import TOKENS
 from quant.kernels.tile_unit import use_tile_unit
 from quant.kernels.tiles import floats, integers, share
 from quant.kernels.vector import prefetch_line

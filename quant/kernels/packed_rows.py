@@ -12,7 +12,8 @@ from typing import NamedTuple
 from quant.kernels.activations import k_blocks, record_of, scale_of
 from quant.kernels.jit import inner
 from quant.kernels.packed_dot import ROW_BYTES, SLOTS, block_bytes, dot_tiles
-from quant.kernels.packed_tiles import HAS_TILES, multiply_tiles, uses_tiles
+from quant.kernels.packed_tiles import multiply_tiles, uses_tiles
+from quant.kernels.tile_instructions import HAS_TILES
 from quant.kernels.tiles import integers
 from quant.kernels.vector import TOKEN_TILE
 

@@ -1,7 +1,8 @@
 """When a thread turns AMX's tile unit on and off."""
 
 from quant.kernels.jit import inner
-from quant.kernels.packed_tiles import HAS_TILES, configure_tiles, release_tiles, uses_tiles
+from quant.kernels.packed_tiles import uses_tiles
+from quant.kernels.tile_instructions import HAS_TILES, configure_tiles, release_tiles
 
 
 @inner
