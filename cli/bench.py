@@ -67,22 +67,31 @@ def bench(
     as_json: bool = False,
     plot: Path | None = None,
     residency: str | None = None,
+    defer_experts: int | None = None,
 ) -> None:
     """Measure `model` (None: the built-in one), or layers of `shape`; print a table or one JSON object.
 
     fmt, decode and prefill (numbers of tokens, as in "1,2,4"; "" for none) and plot are for a shape, residency (of
-    its experts) is for a model. Raises UsageError.
+    its experts) and defer_experts are for a model. Raises UsageError.
     """
     if shape is None:
         if any(option is not None for option in (fmt, decode, prefill, plot)):
             raise UsageError(
                 "--format, --decode, --prefill and --plot are for layers of a shape; give --shape, as in r1"
             )
-        options = RunOptions(model=model or DEFAULT_MODEL, threads=threads, residency=residency, context=BENCH_CONTEXT)
+        options = RunOptions(
+            model=model or DEFAULT_MODEL,
+            threads=threads,
+            residency=residency,
+            context=BENCH_CONTEXT,
+            defer_experts=defer_experts,
+        )
         bench_engine(options, as_json)
         return
-    if residency is not None:
-        raise UsageError("--residency is for a model; layers of a shape are made in memory, so leave it out")
+    if residency is not None or defer_experts is not None:
+        raise UsageError(
+            "--residency and --defer-experts are for a model; layers of a shape are made in memory, so leave them out"
+        )
     if model is not None:
         raise UsageError(f"either a model or a shape can be measured at a time; leave out {model} or --shape {shape}")
     packed = find_format(DEFAULT_FORMAT if fmt is None else fmt)

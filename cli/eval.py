@@ -48,6 +48,7 @@ class EvalOptions:
     threads: int | None = None
     dtype: str = "bfloat16"
     as_json: bool = False
+    defer_experts: int | None = None
 
     def check(self) -> None:
         """Raise UsageError for options that exclude each other."""
@@ -63,7 +64,8 @@ class EvalOptions:
             "--save-reference": {"--against"},
         }
         if self.tasks:
-            given["--tasks"], excluded["--tasks"] = True, {"--text", "--window"}
+            given |= {"--tasks": True, "--defer-experts": self.defer_experts}
+            excluded["--tasks"] = {"--text", "--window", "--defer-experts"}
         for option, others in excluded.items():
             clashing = [name for name in others if given[option] is not None and given.get(name) is not None]
             if clashing:
@@ -79,8 +81,14 @@ def measure(model: str, options: EvalOptions) -> None:
     with shown_progress("windows") as report:
         found = evaluate_model(model, options, report)
     if options.as_json:
-        told = {"model": model, "against": options.against, "text": options.text, "dtype": options.dtype}
-        told["reference"] = None if options.reference is None else str(options.reference)
+        told = {
+            "model": model,
+            "against": options.against,
+            "text": options.text,
+            "dtype": options.dtype,
+            "defer_experts": options.defer_experts,
+            "reference": None if options.reference is None else str(options.reference),
+        }
         print(json.dumps(told | asdict(found)))
     else:
         show(found, Console(highlight=False, markup=False))
@@ -90,9 +98,9 @@ def evaluate_model(model: str, options: EvalOptions, report: Report) -> Evaluati
     """The figures of `model` on a text, alone or beside a reference."""
     if options.reference is not None:
         saved = SavedReference.open(options.reference.expanduser())
-        return evaluate_saved(load(model, options), saved, report)
+        return evaluate_saved(load(model, options, options.defer_experts), saved, report)
     content = find_text(options.text, model, options.against)  # before a model is loaded
-    engine = load(model, options)
+    engine = load(model, options, options.defer_experts)
     if options.save_reference is not None:
         return evaluate_and_save(engine, content, options.save_reference.expanduser(), options.window, report)
     reference = None if options.against is None else load(options.against, options)
@@ -124,7 +132,7 @@ def solve(model: str, problems: Mapping[str, Sequence[Problem]], options: EvalOp
         return answer_all(engine, problems, report)
 
 
-def load(model: str, options: EvalOptions) -> Engine:
+def load(model: str, options: EvalOptions, defer_experts: int | None = None) -> Engine:
     """The engine of one model; what the user should know about it goes to standard error."""
     # mapped: two models at a time need not be in RAM as a whole
     engine = Engine.load(
@@ -133,6 +141,7 @@ def load(model: str, options: EvalOptions) -> Engine:
         threads=options.threads,
         dtype=options.dtype,
         residency="mapped",
+        defer_experts=defer_experts,
         compiling=show_compiling,
     )
     for note in engine.notes:

@@ -25,6 +25,7 @@ class BudgetOptions:
     threads: int | None = None
     dtype: str = "bfloat16"
     as_json: bool = False
+    defer_experts: int | None = None
 
 
 def measure_thinking(model: str, options: BudgetOptions) -> None:
@@ -32,7 +33,8 @@ def measure_thinking(model: str, options: BudgetOptions) -> None:
     budgets, questions = parse_budgets(options.budgets), read_questions(options.questions)  # before a model is loaded
     if options.plot is not None:
         check_plot(options.plot)
-    engine = load(model, EvalOptions(context=options.context, threads=options.threads, dtype=options.dtype))
+    loading = EvalOptions(context=options.context, threads=options.threads, dtype=options.dtype)
+    engine = load(model, loading, options.defer_experts)
     with shown_progress("questions") as report:
         points = measure_budgets(engine, questions, budgets, report)
     tell_budgets(model, points, options.as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.escape import say
-from cli.options import IsaOption, PinOption, RunOptions, takes_run_options
+from cli.options import DeferOption, IsaOption, PinOption, RunOptions, takes_run_options
 from quant.errors import Dsr1Error, UsageError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -159,6 +159,7 @@ def plan(
     profile: Annotated[
         str | None, typer.Option(metavar="FILE", help="How often experts are used: the most used go to the GPU first.")
     ] = None,
+    defer_experts: DeferOption = None,
     load: Annotated[str | None, typer.Option("--plan", metavar="FILE", help="Show a saved plan.")] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan, for `dsr1 run --plan`.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each choice was made.")] = False,
@@ -172,7 +173,16 @@ def plan(
 
     pins = tuple(pin or ())
     wishes = Wishes(
-        gpu_mem, ram, context, device, residency=residency, pins=pins, hardware=hardware, profile=profile, plan=load
+        gpu_mem,
+        ram,
+        context,
+        device,
+        residency=residency,
+        pins=pins,
+        hardware=hardware,
+        profile=profile,
+        plan=load,
+        defer_experts=defer_experts,
     )
     show_plan(model, wishes, recipe, Output(json, explain, save))
 
@@ -209,6 +219,7 @@ def bench(
     residency: Annotated[
         str | None, typer.Option(metavar="NAME", help="A model's experts in RAM: mapped, locked or copied.")
     ] = None,
+    defer_experts: DeferOption = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a roofline; needs matplotlib.")] = None,
     isa: IsaOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -217,7 +228,7 @@ def bench(
     """Measure a model, or layers of a known shape, beside the limits of this machine."""
     from cli.bench import bench as run_bench
 
-    run_bench(model, shape, fmt, decode, prefill, threads, json, plot, residency)
+    run_bench(model, shape, fmt, decode, prefill, threads, json, plot, residency, defer_experts)
 
 
 @app.command("eval")
@@ -240,6 +251,7 @@ def evaluate(
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens that the cache holds.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16 or float32.")] = "bfloat16",
+    defer_experts: DeferOption = None,
     budgets: Annotated[
         str | None, typer.Option(metavar="LIST", help="Measure accuracy at these budgets of thinking: 0,64,none.")
     ] = None,
@@ -255,12 +267,12 @@ def evaluate(
     if budgets is not None:
         from cli.eval_budgets import BudgetOptions, measure_thinking
 
-        measure_thinking(model, BudgetOptions(budgets, questions, plot, context, threads, dtype, json))
+        measure_thinking(model, BudgetOptions(budgets, questions, plot, context, threads, dtype, json, defer_experts))
         return
     from cli.eval import EvalOptions, measure
 
     options = EvalOptions(
-        against, text, reference, save_reference, tasks, problems, window, context, threads, dtype, json
+        against, text, reference, save_reference, tasks, problems, window, context, threads, dtype, json, defer_experts
     )
     measure(model, options)
 

@@ -31,6 +31,14 @@ PinOption = Annotated[
 ]
 
 
+DeferOption = Annotated[
+    int | None,
+    typer.Option(
+        "--defer-experts", metavar="N", help="Let a token's N lightest experts join a layer later. Default: 0."
+    ),
+]
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What the user asked of `dsr1 run` or `dsr1 chat`; None means the model's or the program's default."""
@@ -84,6 +92,7 @@ class RunOptions:
     ] = None
     plan: Annotated[str | None, typer.Option(metavar="FILE", help="Keep to a plan of `dsr1 plan --save`.")] = None
     pin: PinOption = None
+    defer_experts: DeferOption = None
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all cores.")] = None
     isa: IsaOption = None
     verify: Annotated[bool, typer.Option("--verify", help="Compare the store's checksums first.")] = False

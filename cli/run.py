@@ -94,6 +94,7 @@ def load_engine(options: RunOptions) -> Engine:
             residency=options.residency,
             plan=options.plan,
             pins=options.pin or (),
+            defer_experts=options.defer_experts,
             verify=options.verify,
             progress=show_progress,
             compiling=show_compiling,

@@ -57,7 +57,7 @@ class Engine:
         self.transformer, self.buffers, self.tokenizer = transformer, buffers, tokenizer
         self.backend, self.context, self.notes = buffers.backend, plan.context, notes
         self.default_sampling = load_sampling(self.folder)
-        self.prefill_chunk = buffers.max_tokens
+        self.prefill_chunk = plan.prefill_chunk
         self.scale = softmax_scale(self.config)
         self._turn = threading.Lock()  # sessions on several threads share the experts' buffers
 
@@ -75,6 +75,7 @@ class Engine:
         residency: str | None = None,
         plan: str | Path | None = None,
         pins: Sequence[str] = (),
+        defer_experts: int | None = None,
         verify: bool = False,
         progress: Callable[[Progress], None] = ignore_progress,
         compiling: Steps = untold,
@@ -85,10 +86,11 @@ class Engine:
         model's maximum. dtype: of activations and of the cache, "bfloat16" or "float32". recipe: that of the store
         (of the built-in model: the one to take). threads: by default all cores that this process may use. residency:
         of routed experts, "mapped", "locked" or "copied"; by default the plan's choice. plan: a file that
-        `dsr1 plan --save` wrote. pins: single choices that the plan keeps to, as "experts:3-5=gpu". verify: whether to
-        read the whole store once and compare its checksums. progress: is told of bytes that are verified, locked or
-        copied. compiling: told of kernels that are compiled, which takes seconds the first time on a machine. Raises
-        Dsr1Error, told in a sentence, when the model cannot run.
+        `dsr1 plan --save` wrote. pins: single choices that the plan keeps to, as "experts:3-5=gpu". defer_experts: how
+        many of a token's experts join one layer later in decoding; by default none. verify: whether to read the whole
+        store once and compare its checksums. progress: is told of bytes that are verified, locked or copied. compiling:
+        told of kernels that are compiled, which takes seconds the first time on a machine. Raises Dsr1Error, told in a
+        sentence, when the model cannot run.
         """
         notes: list[str] = []
         if dtype not in DTYPES:
@@ -99,13 +101,13 @@ class Engine:
             verify_model(source, notes, progress)
         topology = read_topology()
         saved = None if plan is None else str(plan)
-        wishes = Wishes(gpu_mem, ram, context, device, dtype, residency, tuple(pins), plan=saved)
+        wishes = Wishes(gpu_mem, ram, context, device, dtype, residency, tuple(pins), None, None, saved, defer_experts)
         chosen = plan_model(source, wishes, notes, topology)
         tokenizer = load_tokenizer(source)
         use_threads(threads)
         compile_ahead(PACKED_KERNELS if isinstance(source, Store) else PLAIN_KERNELS, compiling)
         backend = make_backend(chosen, source.config)
-        buffers = ExpertBuffers(source.config, backend, chosen.prefill_chunk)
+        buffers = ExpertBuffers(source.config, backend, chosen.host_tokens)
         loading = Loading(topology, notes, progress)
         transformer = load_transformer(source, chosen, DTYPES[dtype], backend, buffers, loading)
         return cls(source, chosen, transformer, buffers, tokenizer, notes)

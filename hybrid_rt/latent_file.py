@@ -88,13 +88,14 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 def engine_identity(engine: "Engine") -> str:
     """What a cached token depends on besides the tokens before it, as 64 hexadecimal digits.
 
-    The model's shape and norms, which tell a fine-tuned twin apart; the formats that the plan chose; a store's manifest
-    with the checksums of its files; and in which type the cache keeps what.
+    The model's shape and norms, which tell a fine-tuned twin apart; the formats that the plan chose, and how many
+    experts it defers; a store's manifest with the checksums of its files; and in which type the cache keeps what.
     """
     cache = engine.new_cache(1).rows(0, 0)
     kinds = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(cache.items())]
     formats = [(p.layer, p.component, p.representation) for p in engine.plan.placements]
-    digest = hashlib.sha256(f"{VERSION} {engine.config} {engine.transformer.dtype} {kinds} {formats}".encode())
+    numbers = engine.transformer.dtype, engine.plan.deferred_experts
+    digest = hashlib.sha256(f"{VERSION} {engine.config} {numbers} {kinds} {formats}".encode())
     for layer in range(engine.config.n_layers):
         norm = engine.transformer.get_submodule(f"layers.{layer}.attn_norm")
         digest.update(cast(torch.Tensor, norm.weight).cpu().numpy().tobytes())

@@ -5,6 +5,7 @@ What a part gets follows from the plan: in which format, and whether on the mode
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,11 +13,13 @@ import torch
 from hybrid_rt.layers import Linear
 from hybrid_rt.transformer import Transformer
 from offload.backend import Backend
+from offload.deferral import deferral_of
 from offload.device_experts import ELSEWHERE, DeviceExperts, SplitExperts
 from offload.experts import CpuExperts, ExpertBuffers, ExpertWeights, PackedExperts
 from offload.memory import lock
 from offload.node_experts import NodeExperts, copy_records
-from offload.plan import Placement, Plan, planned_component
+from offload.plan import Placement, Plan, is_streamable, planned_component
+from offload.streamed_experts import SLOTS, HostExperts, Staging, StreamedExperts
 from offload.topology import Topology, read_topology
 from quant.checkpoint import Checkpoint
 from quant.dequantize import dequantize
@@ -89,14 +92,32 @@ class StoredParts:
     def embedding(self, name: str) -> torch.Tensor:
         return self.source.weight(name).data
 
-    def experts(self, layer: int) -> CpuExperts | SplitExperts:
+    def experts(self, layer: int) -> CpuExperts | HostExperts | SplitExperts:
         placements = self.plan.expert_placements(layer)
         on_device = [placement for placement in placements if placement.tier == "gpu"]
         on_host = [placement for placement in placements if placement.tier != "gpu"]
-        host = CpuExperts(self._host_experts(layer, on_host), self.backend, self.buffers) if on_host else None
+        host = self._in_ram(layer, on_host) if on_host else None
         if host is not None and not on_device:
             return host
         return SplitExperts(self._device_experts(layer, on_device), host)
+
+    def _in_ram(self, layer: int, placements: Sequence[Placement]) -> CpuExperts | HostExperts:
+        weights, streaming = self._host_experts(layer, placements), self.plan.streaming
+        cpu = CpuExperts(weights, self.backend, self.buffers, deferral_of(self.plan, layer))
+        streamable = all(is_streamable(placement, self.plan.n_layers) for placement in placements)
+        if streaming is None or not streamable or not isinstance(weights, PackedExperts | NodeExperts):
+            return cpu
+        ranges = [placement.experts for placement in placements if placement.experts is not None]
+        return HostExperts(cpu, StreamedExperts(weights, ranges, self._staging), streaming.from_tokens)
+
+    @cached_property
+    def _staging(self) -> Staging:
+        """Buffers that all layers' experts are streamed through."""
+        streaming = self.plan.streaming
+        assert streaming is not None, "a plan that streams says how"
+        size = streaming.slice_experts
+        record_bytes = streaming.staging_bytes // (SLOTS * size)
+        return Staging(self.backend, record_bytes, self.source.config.n_routed_experts, size)
 
     def _device_experts(self, layer: int, placements: Sequence[Placement]) -> DeviceExperts:
         """Those on the device, which only a store's can be. They are copied there."""

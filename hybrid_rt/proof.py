@@ -28,7 +28,7 @@ from hybrid_rt.loader import load_transformer
 from hybrid_rt.rope import softmax_scale
 from hybrid_rt.transformer import Transformer
 from offload.backend import Stream
-from offload.emulate import EmulatedBackend, Ledger
+from offload.emulate import BUFFERS, EmulatedBackend, Ledger
 from offload.experts import ExpertBuffers
 from offload.plan import Plan
 from quant.inventory import Inventory
@@ -46,10 +46,14 @@ ENOUGH = 2**60  # bytes; the ledger counts, and the plan's budget is compared af
 
 @dataclass(frozen=True)
 class Proof:
-    """What a pass took. weight_bytes, cache_bytes, workspace_bytes: on the GPU; of the last one the most at a time."""
+    """What a pass took. weight_bytes, cache_bytes, workspace_bytes: on the GPU; of the last one the most at a time.
+
+    staging_bytes: of the buffers there that experts are streamed through.
+    """
 
     weight_bytes: int
     cache_bytes: int
+    staging_bytes: int
     workspace_bytes: int
     reserve_bytes: int
     crossings: tuple[tuple[str, int], ...]
@@ -57,7 +61,8 @@ class Proof:
     @property
     def gpu_bytes(self) -> int:
         """All of it at its most."""
-        return self.weight_bytes + self.cache_bytes + self.workspace_bytes + self.reserve_bytes
+        working = self.cache_bytes + self.staging_bytes + self.workspace_bytes
+        return self.weight_bytes + working + self.reserve_bytes
 
     @property
     def crossing_bytes(self) -> int:
@@ -163,12 +168,14 @@ class Prover:
         self.mode = FakeTensorMode()
         with self.mode, torch.inference_mode(), _without_library():
             self.model, self.cache = self._load()
-        self.weight_bytes = sum(taken for label, taken in self.device.ledger.used_by.items() if label != "the cache")
+        used = self.device.ledger.used_by
+        self.weight_bytes = sum(taken for label, taken in used.items() if label != BUFFERS)
+        self.staging_bytes = used[BUFFERS] - self.cache.data.nbytes
 
     def _load(self) -> tuple[Transformer, LatentCache]:
         config, plan = self.inventory.config, self.plan
         dtype = DTYPES[plan.dtype]
-        buffers = ExpertBuffers(config, self.device, plan.prefill_chunk)
+        buffers = ExpertBuffers(config, self.device, plan.host_tokens)
         model = load_transformer(fake_store(self.inventory, self.formats), plan, dtype, self.device, buffers)
         return model, LatentCache(config, plan.context, plan.cache_format, self.device)
 
@@ -185,10 +192,11 @@ class Prover:
             context = attention_context(self.cache, tokens, softmax_scale(self.inventory.config))
             states = self._states(ids, context, layers)
             self.model.head(states[-1:]).float().cpu()
-        fixed = self.weight_bytes + self.cache.data.nbytes
+        fixed = self.weight_bytes + self.cache.data.nbytes + self.staging_bytes
         return Proof(
             weight_bytes=self.weight_bytes,
             cache_bytes=self.cache.data.nbytes,
+            staging_bytes=self.staging_bytes,
             workspace_bytes=ledger.peak - fixed,
             reserve_bytes=self.plan.reserve_bytes,
             crossings=tuple(device.crossings),

@@ -10,7 +10,10 @@ Every figure about the machine comes from its description (offload/machine.py), 
     small steps           kernels, and values that they move; operators' own work, but of layers in decoding, which are
                           recorded
     on a GPU              the larger of bytes by its bandwidth and operations by its rate, at the shares below
-    a layer with both     the CPU's experts beside the GPU's shared expert and its own experts: the longer one counts
+    streamed experts      the slowest of host memory (written once, read twice), PCIe, the GPU and the queuing of its
+                          calls; and the first slice's way, which nothing hides
+    a layer with both     the CPU's experts beside the GPU's shared expert and its own experts: the longer one counts;
+                          deferred experts beside the next layer's attention, too
 
 The shares and times of a GPU are assumptions; nothing has been measured on one yet.
 """
@@ -18,11 +21,13 @@ The shares and times of a GPU are assumptions; nothing has been measured on one 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 
 from offload.machine import Machine, MachineGpu, Points, block_ns
-from offload.plan import Placement, Plan
-from offload.workspace import ABSORBED_UP_TO, PREFILL_BLOCK
+from offload.plan import DECODED, Placement, Plan, Streaming, is_streamable
+from offload.workspace import ABSORBED_UP_TO, PREFILL_BLOCK, TOKENS_ON_DEVICE
 from quant.config import ModelConfig
+from quant.gpu import shapes
 from quant.inventory import cache_row_bytes
 from quant.packed import BLOCK_K, EXPERT_FORMATS, PACKED_FORMATS, TILE_ROWS
 
@@ -37,10 +42,14 @@ OPERATORS_OF_EXPERTS, OPERATORS_A_TOKEN = 3, 8  # of a layer's experts alone; ou
 GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.5  # of the data sheet
 GPU_LAUNCHES_A_LAYER, GPU_LAUNCH_S = 25, 3e-6  # in recorded graphs
 HANDOVER_S = 30e-6  # from GPU to CPU and back, for a layer's experts, beside the bytes
+SLICE_CALLS, CALL_S = 25, 8e-6  # of torch and kernels, for some tokens and a slice of streamed experts; not recorded
+STREAM_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)  # tokens of a pass, from which streaming is tried
+
+WORTH = 1.05  # what takes more memory is taken if it makes prefill so many times as fast
 
 READING, COMPUTING, STEPS = "reading weights from RAM", "the processor's arithmetic", "small steps on the processor"
 ATTENTION, GPU_READING, GPU_COMPUTING = "attention on the processor", "the GPU's memory", "the GPU's arithmetic"
-CROSSING = "PCIe and handing over"
+CROSSING, QUEUING = "PCIe and handing over", "calls that queue the GPU's work"
 
 
 class Times(dict[str, float]):
@@ -131,7 +140,12 @@ class Costs:
         for placement in placements:
             if placement.component == "routed_expert":
                 where = experts if placement.tier == "ram" else beside
-                where.add(self._experts(placement, tokens))
+                streaming = plan.streaming if placement.tier == "ram" and plan.streams(tokens) else None
+                where.add(
+                    self._experts(placement, tokens)
+                    if streaming is None
+                    else self._streamed(placement, streaming, tokens)
+                )
             elif placement.component == "shared_expert":
                 beside.add(self._matrix(placement, tokens))
             elif placement.component != "kv_b":
@@ -141,9 +155,21 @@ class Costs:
         before.add(self._steps(plan, placements, tokens))
         if not plan.on_gpu:
             return _sum(before, _sum(beside, experts))
-        if experts:
+        if experts and tokens <= DECODED and plan.deferred_experts:
+            return self._deferring(before, beside, experts, plan.deferred_experts)
+        if experts and not plan.streams(tokens):
             experts.add(self._crossing(tokens))
         return _sum(before, max(beside, experts, key=lambda times: times.seconds))
+
+    def _deferring(self, before: Times, beside: Times, experts: Times, deferred: int) -> Times:
+        """A layer among others that defer some of a token's experts: these run beside the next layer's attention.
+
+        So a layer takes as long as the GPU's part with the experts that it waits for, or as all of its experts.
+        """
+        share = 1 - deferred / self.config.n_activated_experts
+        waited = _sum(Times({name: share * seconds for name, seconds in experts.items()}), self._crossing(DECODED))
+        chain = _sum(before, max(beside, waited, key=lambda times: times.seconds))
+        return max(chain, experts, key=lambda times: times.seconds)
 
     def _matrix(self, placement: Placement, tokens: int) -> Times:
         """The matrices of a component."""
@@ -199,6 +225,42 @@ class Costs:
             return self.experts(placement.representation, record, touched, pairs)
         operations = 6 * self.config.dim * self.config.moe_inter_dim * pairs
         return self._on_gpu(touched * record, operations)
+
+    def _streamed(self, placement: Placement, streaming: Streaming, tokens: int) -> Times:
+        """The part of a layer's experts that lives in RAM, sent to the GPU."""
+        config, total, ram = self.config, self.config.n_routed_experts, self.machine.read_bytes_s
+        link, count = self._gpu.to_gpu_bytes_s, placement.expert_count
+        rounds, slices = ceil(tokens / TOKENS_ON_DEVICE), ceil(count / streaming.slice_experts)
+        each = tokens / rounds * config.n_activated_experts / total  # pairs of an expert in a round
+        padded = max(1.0, shapes.HIDDEN_MANY.m / each)
+        pairs = count / total * tokens * config.n_activated_experts
+        times = self._on_gpu(rounds * placement.nbytes, 6 * config.dim * config.moe_inter_dim * pairs * padded)
+        others = {
+            READING: 3 * placement.nbytes / ram,
+            CROSSING: placement.nbytes / link,
+            QUEUING: slices * rounds * SLICE_CALLS * CALL_S,
+        }
+        slowest = max((times, *(Times({name: s}) for name, s in others.items())), key=lambda one: one.seconds)
+        first = placement.nbytes / slices * (2 / ram + 1 / link)
+        return _sum(slowest, Times({CROSSING: first}))
+
+    def layer_experts_s(self, plan: Plan, streaming: Streaming | None, tokens: int) -> float:
+        """Seconds of a layer's experts that are in RAM, as many as any layer has there, computed there or streamed."""
+        placements = (p for p in plan.placements if is_streamable(p, plan.n_layers))
+        placement = max(placements, key=lambda p: p.expert_count)
+        if streaming is not None:
+            return self._streamed(placement, streaming, tokens).seconds
+        return _sum(self._experts(placement, tokens), self._crossing(tokens)).seconds
+
+    def stream_from(self, plan: Plan, slice_experts: int) -> int | None:
+        """The fewest tokens of a pass whose experts are there sooner by streaming than on the CPU; None for never."""
+        if not plan.on_gpu or not any(is_streamable(p, plan.n_layers) for p in plan.placements):
+            return None
+        for tokens in (length for length in STREAM_LENGTHS if length <= plan.prefill_chunk):
+            streamed = self.layer_experts_s(plan, Streaming(tokens, slice_experts), tokens)
+            if streamed < self.layer_experts_s(plan, None, tokens):
+                return tokens
+        return None
 
     def _attention(self, plan: Plan, kv_b: Placement, tokens: int, seen: int) -> Times:
         """On the CPU."""

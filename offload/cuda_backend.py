@@ -3,7 +3,8 @@
 Streams and events are CUDA's. Work of host threads (`launch`) is put in a stream's order like this:
 
     launch     records a CUDA event on the stream and hands the call to a worker thread, which waits for that event
-               first: everything that the stream was given before is done when the call begins
+               first: everything that the stream was given before is done when the call begins. There is one such
+               thread, so host work behind other host work waits for it there, and nobody else does
     record     remembers the stream's host work with the event
     wait,      on an event or a stream with host work ahead of it, let the calling thread wait for the worker, because a
     copy       GPU cannot; then they queue theirs. So the caller queues all that may run beside host work first:
@@ -76,11 +77,13 @@ class CudaBackend:
             dst.copy_(src, non_blocking=True)
 
     def launch(self, stream: Stream, function: Callable[..., Any], *args: Any) -> None:
-        self._finish_host_work(stream)
+        before = self._host_work.get(stream)
         ready = torch.cuda.Event()
         ready.record(stream.handle)
 
         def work() -> None:
+            if before is not None:
+                before.result()  # it is done, as the thread is one; its error is this work's, too
             ready.synchronize()
             with torch.inference_mode():
                 function(*args)

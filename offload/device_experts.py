@@ -8,11 +8,11 @@ Sums are float32 until then, so a token's experts are added in another order tha
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from offload.experts import CpuExperts, Pending
 from offload.workspace import TOKENS_ON_DEVICE, device_experts_bytes
 from quant.gpu import ops as gpu_ops
 from quant.ops import moe_scratch_sizes
@@ -46,21 +46,31 @@ class DeviceExperts:
         return torch.where(self.slots[ids] == ELSEWHERE, ids, ELSEWHERE)
 
 
+class InRam(Protocol):
+    """Experts of a layer that are in RAM: CpuExperts (offload/experts.py), HostExperts (streamed_experts.py)."""
+
+    def submit(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        """Start the experts `ids` [T, K] on x [T, dim] with `weights` [T, K]; -1 for those elsewhere."""
+
+    def sync(self, pending: Any) -> Tensor:
+        """The weighted sum over each token's experts: [T, dim]."""
+
+
 @dataclass(frozen=True, eq=False)
 class SplitPending:
     """Submitted work. here: the device's sum, float32 [T, dim]."""
 
     here: Tensor
-    there: Pending | None
+    there: Any
     dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
 class SplitExperts:
-    """The routed experts of one layer, some on the device and the rest on the CPU; `host` None: all on the device."""
+    """The routed experts of one layer, some on the device and the rest in RAM; `host` None: all on the device."""
 
     device: DeviceExperts
-    host: CpuExperts | None
+    host: InRam | None
 
     def submit(self, x: Tensor, ids: Tensor, weights: Tensor) -> SplitPending:
         """Start the experts `ids` [T, K] on x [T, dim] with `weights` [T, K]."""

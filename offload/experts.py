@@ -7,12 +7,16 @@ The order of work for one layer; `main` is the model's stream, `experts` the str
             experts  copy   x, ids and weights into the host buffers
             experts  launch the kernel, from those buffers to the host buffer `out`
             experts  record outputs
+            experts  launch the kernel for deferred experts (offload/deferral.py), to one of the host's `late_slots`
     (the model goes on: shared experts run on main)
     sync    main     wait   outputs
             main     copy   `out` to the device
+            main     copy   what the layer before deferred to the device, where it is added: it was computed before
 
 The buffers are one set: a second submit before sync overwrites them, and sync then refuses the first. `Pending` keeps
-the device tensors that the copies read alive; `ExpertBuffers.abandon` frees them when nobody will sync.
+the device tensors that the copies read alive; `ExpertBuffers.abandon` frees them when nobody will sync. Of
+`late_slots` there are two, which layers take in turns: one is written while the other waits to be read, and it is
+written again only behind a `wait inputs` that comes after that reading.
 
 Where the device is the host itself, the kernel reads what it is given and its result is taken as it is: nothing is
 copied, because at one token the copies alone cost a twentieth of the kernel's time.
@@ -26,7 +30,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from offload.backend import Backend
+from offload.deferral import NO_DEFERRAL, Deferral
 from offload.node_experts import NodeExperts
+from offload.plan import DECODED
 from quant.config import ModelConfig
 from quant.conversion import as_float32, converted
 from quant.formats import QuantTensor
@@ -35,6 +41,7 @@ from quant.packed import ExpertRecord
 from quant.tape import empty
 
 ExpertWeights = tuple[QuantTensor, QuantTensor, QuantTensor]  # w1 [inter, dim], w2 [dim, inter], w3 [inter, dim]
+Inputs = tuple[Tensor, Tensor, Tensor]  # x float32 [T, dim], ids int64 [T, K], weights float32 [T, K]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +54,14 @@ class PackedExperts:
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """Submitted work. `inputs`: x float32 [T, dim], ids int64 [T, K], weights float32 [T, K] on the model's device.
+    """Submitted work. `inputs` are on the model's device. late: what the layer before deferred, which joins here.
 
     out: float32 [T, dim], where the device is the host.
     """
 
-    inputs: tuple[Tensor, Tensor, Tensor]
+    inputs: Inputs
     dtype: torch.dtype
+    late: Tensor | None = None
     out: Tensor | None = None
 
 
@@ -74,23 +82,34 @@ class ExpertBuffers:
         self.order = backend.allocate((order,), torch.int64, pinned=True)
         self.scratch = backend.allocate((scratch,), torch.float32, pinned=True)
         self.stream, self.inputs_ready, self.outputs_ready = backend.stream("experts"), backend.event(), backend.event()
+        self.late_slots = [backend.allocate((DECODED, dim), torch.float32, pinned=True) for _ in range(2)]
         self.pending: Pending | None = None
+        self.late: Tensor | None = None  # what the latest submit deferred
+
+    def free_late_slot(self) -> Tensor:
+        """Memory for what a layer defers: not that which the layer before took."""
+        self.late_slots.reverse()
+        return self.late_slots[0]
 
     def abandon(self) -> None:
         """Let go of work that nobody will sync, after a forward pass was interrupted."""
         self.backend.synchronize()
-        self.pending = None
+        self.pending = self.late = None
 
 
 class CpuExperts:
     """The routed experts of one layer; their weights stay where they are: in mapped files, or copied into nodes."""
 
     def __init__(
-        self, weights: Sequence[ExpertWeights] | PackedExperts | NodeExperts, backend: Backend, buffers: ExpertBuffers
+        self,
+        weights: Sequence[ExpertWeights] | PackedExperts | NodeExperts,
+        backend: Backend,
+        buffers: ExpertBuffers,
+        deferral: Deferral = NO_DEFERRAL,
     ) -> None:
         # kept because the table below holds only addresses
         self.weights = weights if isinstance(weights, PackedExperts | NodeExperts) else tuple(weights)
-        self.backend, self.buffers = backend, buffers
+        self.backend, self.buffers, self.deferral = backend, buffers, deferral
         self.nodes = len(weights.parts) if isinstance(weights, NodeExperts) else 1
         dim = buffers.x.shape[1]
         self.stored: torch.dtype | str
@@ -115,51 +134,77 @@ class CpuExperts:
         backend, buffers, tokens = self.backend, self.buffers, x.shape[0]
         if tokens > buffers.max_tokens:
             raise ValueError(f"{tokens} tokens do not fit expert buffers for {buffers.max_tokens}; pass smaller chunks")
+        late = buffers.late if self.deferral.joins else None
+        if self.deferral.of(tokens):
+            ids, weights = heaviest_first(ids, weights)
         if backend.is_host:
-            inputs = (as_float32(x, buffers.x[:tokens]), ids.to(torch.int64), as_float32(weights))
-            return self._submit_on_host(inputs, x.dtype)
-        inputs = (x.to(torch.float32), ids.to(torch.int64), weights.to(torch.float32))
-        pending = Pending(inputs, x.dtype)
-        host = (buffers.x[:tokens], buffers.ids[:tokens], buffers.weights[:tokens])
-
-        backend.record(buffers.inputs_ready, backend.main)
-        backend.wait(buffers.inputs_ready, buffers.stream)
-        for dst, src in zip(host, pending.inputs, strict=True):
-            backend.copy(dst, src, buffers.stream)
-        self._launch(host, buffers.out[:tokens])
-        backend.record(buffers.outputs_ready, buffers.stream)
+            inputs = (as_float32(x, buffers.x[:tokens]), ids.to(torch.int64).contiguous(), as_float32(weights))
+            out = empty(*x.shape) if x.dtype == torch.float32 else buffers.out[:tokens]
+            pending = Pending(inputs, x.dtype, late, out)  # the kernel reads its inputs as they are
+            self._launch(inputs, out)
+        else:
+            pending = Pending((x.to(torch.float32), ids.to(torch.int64), weights.to(torch.float32)), x.dtype, late)
+            self._launch(self._copied(pending.inputs), buffers.out[:tokens])
         buffers.pending = pending
         return pending
 
-    def _submit_on_host(self, inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Pending:
-        """The kernel reads its inputs as they are; its result is in the buffer only if `sync` converts it."""
-        x, ids, weights = inputs
-        out = empty(*x.shape) if dtype == torch.float32 else self.buffers.out[: x.shape[0]]
-        self._launch((x, ids.contiguous(), weights), out)
-        self.buffers.pending = pending = Pending(inputs, dtype, out)
-        return pending
+    def _copied(self, inputs: Inputs) -> Inputs:
+        """The host's copies of inputs on the device, when the stream of experts comes to them."""
+        backend, buffers, tokens = self.backend, self.buffers, inputs[0].shape[0]
+        host = (buffers.x[:tokens], buffers.ids[:tokens], buffers.weights[:tokens])
+        backend.record(buffers.inputs_ready, backend.main)
+        backend.wait(buffers.inputs_ready, buffers.stream)
+        for dst, src in zip(host, inputs, strict=True):
+            backend.copy(dst, src, buffers.stream)
+        return host
 
-    def _launch(self, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+    def _launch(self, inputs: Inputs, out: Tensor) -> None:
+        """Queue the experts that belong to this layer, and then those that join the next one."""
+        buffers, backend, (x, ids, weights) = self.buffers, self.backend, inputs
+        deferred = self.deferral.of(x.shape[0])
+        now = ids.shape[1] - deferred
+        self._run((x, ids[:, :now], weights[:, :now]), out)
+        backend.record(buffers.outputs_ready, buffers.stream)
+        buffers.late = buffers.free_late_slot() if deferred else None
+        if buffers.late is not None:
+            self._run((x, ids[:, now:], weights[:, now:]), buffers.late)
+
+    def _run(self, inputs: Inputs, out: Tensor) -> None:
         buffers, stored = self.buffers, (self.table, self.inter_dim, self.stored, self.nodes)
         args = (*inputs, *stored, buffers.order, buffers.scratch, out)
         self.backend.launch(buffers.stream, self.kernel, *args)
 
     def sync(self, pending: Pending) -> Tensor:
-        """The weighted sum over each token's experts: [T, dim] in the dtype and on the device of submit's x."""
+        """The weighted sum over each token's experts: [T, dim] in the dtype and on the device of submit's x.
+
+        Less what this layer defers, and with what the layer before has deferred.
+        """
         backend, buffers = self.backend, self.buffers
         if pending is not buffers.pending:
             raise RuntimeError(
                 "this is not the latest submitted work, or it was synced; sync each submit before the next"
             )
-        if pending.out is not None:
-            buffers.pending = None
-            return converted(pending.out, pending.dtype)
-        host = buffers.out[: pending.inputs[0].shape[0]]
-        out = backend.allocate(tuple(host.shape), host.dtype)
-        backend.wait(buffers.outputs_ready, backend.main)
-        backend.copy(out, host, backend.main)
         buffers.pending = None
-        return out.to(pending.dtype)
+        if pending.out is not None:
+            total = pending.out if pending.late is None else pending.out.add_(pending.late)
+            return converted(total, pending.dtype)
+        hosts = [buffers.out[: pending.inputs[0].shape[0]], *([] if pending.late is None else [pending.late])]
+        fetched = [backend.allocate(tuple(host.shape), host.dtype) for host in hosts]
+        backend.wait(buffers.outputs_ready, backend.main)
+        for out, host in zip(fetched, hosts, strict=True):
+            backend.copy(out, host, backend.main)
+        total, *late = fetched
+        for more in late:
+            total.add_(more)
+        return total.to(pending.dtype)
+
+
+def heaviest_first(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts and their weights [T, K] in descending order of weights, equal ones in ascending order of ids."""
+    by_id = ids.argsort(dim=-1)
+    ids, weights = ids.gather(-1, by_id), weights.gather(-1, by_id)
+    order = torch.argsort(weights, dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order), weights.gather(-1, order)
 
 
 def _check_experts(experts: Sequence[ExpertWeights], dim: int) -> tuple[int, torch.dtype]:

@@ -24,7 +24,8 @@ Available = Callable[[TensorSpec], Sequence[str]]
 class Budget:
     """What a plan may take and must hold. gpu_mem, ram: bytes. context: tokens. dtype: of activations and cache.
 
-    residency: of routed experts. nodes: NUMA nodes to split them over if they are copied.
+    residency: of routed experts. nodes: NUMA nodes to split them over if they are copied. deferred_experts: of a token,
+    in decoding.
     """
 
     device: Device
@@ -34,6 +35,7 @@ class Budget:
     dtype: str = "bfloat16"
     residency: RamResidency = "mapped"
     nodes: int = 1
+    deferred_experts: int = 0
 
 
 @dataclass(frozen=True)

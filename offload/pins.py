@@ -2,9 +2,10 @@
 
     PART[:LAYERS[/EXPERTS]]=WHAT    LAYERS and EXPERTS as 3 or 3-5
 
-PART is one of PIN_PARTS, for a part of the model; or `cache` or `chunk`, for buffers, which have no layers. WHAT is a
+PART is one of PIN_PARTS, for a part of the model; or `cache`, `chunk` or `stream`, which have no layers. WHAT is a
 format that the part is stored in (q8, accurate ...); for routed experts also gpu or how they live in RAM; for the cache
-bfloat16 or int8; for the chunk a number of tokens.
+bfloat16 or int8; for the chunk a number of tokens; for the stream of experts to the GPU `off`, or the least tokens of a
+pass that has one.
 """
 
 import re
@@ -33,7 +34,9 @@ NUMBERS = r"\d{1,9}(?:-\d{1,9})?"
 PIN = re.compile(
     rf"(?P<part>\w+)(?::(?P<layers>{NUMBERS})(?:/(?P<experts>{NUMBERS}))?)?=(?P<what>[\w+]{{1,20}})", re.ASCII
 )
-FORM = "write it as experts:3-5=gpu, experts:3/0-63=gpu, attention=accurate, cache=int8 or chunk=512"
+FORM = "write it as experts:3-5=gpu, experts:3/0-63=gpu, attention=accurate, cache=int8, chunk=512 or stream=off"
+OFF = "off"
+LEAST_STREAMED = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,14 @@ class Pin:
     """layers, experts: ranges (first, end); None for all. text: as the user wrote it."""
 
     text: str
-    part: PlanComponent | Literal["cache", "chunk"]
+    part: PlanComponent | Literal["cache", "chunk", "stream"]
     layers: Range | None
     experts: Range | None
     what: str
 
     def apply(self, parts: Sequence["Part"]) -> list["Part"]:
         """The parts with this choice made. Raises PlanError for a choice that cannot be, or that no part has."""
-        if self.part in ("cache", "chunk"):
+        if self.part in ("cache", "chunk", "stream"):
             return list(parts)
         pinned = [piece for part in parts for piece in self._apply(part)]
         if not any(self._concerns(part) for part in parts):
@@ -121,7 +124,14 @@ def _parse_pin(text: str) -> Pin:
         return Pin(text, "cache", None, None, what)
     if name == "chunk" and layers is None and what.isascii() and what.isdigit() and int(what) > 0:
         return Pin(text, "chunk", None, None, what)
-    raise UsageError(f"--pin {text!r} is not understood; {FORM}; parts are {', '.join([*PIN_PARTS, 'cache', 'chunk'])}")
+    if name == "stream" and layers is None and (what == OFF or what.isascii() and what.isdigit()):
+        if what != OFF and int(what) < LEAST_STREAMED:
+            raise UsageError(
+                f"--pin {text}: only passes of {LEAST_STREAMED} tokens and more can stream experts; {FORM}"
+            )
+        return Pin(text, "stream", None, None, what)
+    known = ", ".join([*PIN_PARTS, "cache", "chunk", "stream"])
+    raise UsageError(f"--pin {text!r} is not understood; {FORM}; parts are {known}")
 
 
 def _range(text: str | None) -> Range | None:
@@ -145,3 +155,11 @@ def pinned_chunk(pins: Sequence[Pin]) -> int | None:
     """The chunk that the pins ask for; the last one counts."""
     asked = [int(pin.what) for pin in pins if pin.part == "chunk"]
     return asked[-1] if asked else None
+
+
+def pinned_stream(pins: Sequence[Pin]) -> int | Literal["off"] | None:
+    """From how many tokens on the pins want experts streamed, if they say; the last one counts."""
+    asked = [pin.what for pin in pins if pin.part == "stream"]
+    if not asked:
+        return None
+    return "off" if asked[-1] == OFF else int(asked[-1])

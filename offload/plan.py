@@ -11,8 +11,11 @@ from typing import Any, Literal, get_args
 
 from quant.errors import Dsr1Error
 from quant.inventory import CacheFormat, Component, TensorSpec
+from quant.packed import EXPERT_FORMATS
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
+DECODED = 1  # tokens of a pass that may defer experts
+SLICE_EXPERTS = 8  # that are streamed at a time; R1's take 189 MiB
 
 Device = Literal["cuda", "cpu", "emulate"]
 Tier = Literal["gpu", "ram", "disk"]  # disk: read when needed, which this version refuses
@@ -37,6 +40,13 @@ PART_NAMES: dict[PlanComponent, str] = {
 
 class PlanError(Dsr1Error):
     """A model does not fit the memory it may use, or a plan does not fit the model."""
+
+
+def is_streamable(placement: "Placement", n_layers: int) -> bool:
+    """Whether these are routed experts in RAM that may be sent to a GPU: packed ones, and not those of MTP layers."""
+    is_mtp = placement.layer is not None and placement.layer >= n_layers
+    in_ram = placement.component == "routed_expert" and placement.tier == "ram"
+    return in_ram and not is_mtp and placement.representation in EXPERT_FORMATS
 
 
 def planned_component(spec: TensorSpec) -> PlanComponent:
@@ -82,18 +92,34 @@ class Row:
 class Transfers:
     """Bytes that cross between host and GPU in a forward pass: what goes there and back for each of its tokens.
 
-    down: to the host, experts' inputs. up: to the GPU, embedded tokens and experts' outputs. logits: to the host, once
-    a pass.
+    embedded: to the GPU, embedded tokens. down: to the host, experts' inputs. up: to the GPU, their outputs. logits: to
+    the host, once a pass. late: to the GPU, outputs of deferred experts, in decoding.
     """
 
+    embedded: int
     down: int
     up: int
     logits: int
+    late: int = 0
 
     @property
     def decode(self) -> int:
         """Bytes of one generated token."""
-        return self.down + self.up + self.logits
+        return self.embedded + self.down + self.up + self.logits + self.late
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Long passes send routed experts from RAM to the GPU, a slice at a time, instead of computing them on the CPU.
+
+    from_tokens: of the shortest such pass. slice_experts: how many a slice has. staging_bytes: of the buffers, on the
+    GPU and as much again in pinned RAM. bytes_a_pass: of the weights that cross.
+    """
+
+    from_tokens: int
+    slice_experts: int
+    staging_bytes: int = 0
+    bytes_a_pass: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +132,8 @@ class Plan:
     none. context_bytes: what CUDA itself takes. allocator_bytes: for what its allocator rounds up and leaves between
     blocks. host_bytes: buffers through which experts get their inputs. decode_ram_bytes: weights read from RAM for a
     token. transfers: between host and GPU; None without one. nodes: NUMA nodes that copied experts are split over.
+    deferred_experts: of a token, that join one layer later in decoding (offload/deferral.py). streaming: of experts'
+    weights in long passes (offload/streamed_experts.py); None for never.
     reasons: why it is this plan, a sentence for each choice.
     """
 
@@ -129,6 +157,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     nodes: int = 1
+    deferred_experts: int = 0
+    streaming: Streaming | None = None
     version: int = PLAN_VERSION
 
     @property
@@ -145,13 +175,37 @@ class Plan:
     def gpu_bytes(self) -> int:
         """All that the plan takes of the GPU."""
         working = self.cache_bytes + self.workspace_bytes + self.reserve_bytes if self.on_gpu else 0
-        return self.weight_bytes("gpu") + working
+        return self.weight_bytes("gpu") + working + self.staging_bytes
 
     @property
     def ram_bytes(self) -> int:
         """All that the plan takes of RAM, mapped files included."""
         working = 0 if self.on_gpu else self.cache_bytes + self.workspace_bytes
-        return self.weight_bytes("ram") + self.host_bytes + working
+        return self.weight_bytes("ram") + self.host_bytes + working + self.staging_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of the buffers that experts are streamed through, on the GPU; those in RAM take as much."""
+        return 0 if self.streaming is None else self.streaming.staging_bytes
+
+    def streams(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens streams the experts that are in RAM."""
+        return self.streaming is not None and tokens >= self.streaming.from_tokens
+
+    @property
+    def host_tokens(self) -> int:
+        """Most tokens of a pass whose experts are computed by the CPU."""
+        return self.prefill_chunk if self.streaming is None else min(self.prefill_chunk, self.streaming.from_tokens)
+
+    def crossing_bytes(self, tokens: int) -> int:
+        """Bytes between host and GPU in a pass of so many tokens, with one token's logits."""
+        if self.transfers is None:
+            return 0
+        moved = self.transfers
+        if self.streaming is not None and self.streams(tokens):
+            return tokens * moved.embedded + self.streaming.bytes_a_pass + moved.logits
+        late = moved.late if tokens <= DECODED else 0
+        return tokens * (moved.embedded + moved.down + moved.up) + late + moved.logits
 
     def weight_bytes(self, tier: Tier) -> int:
         """Bytes of the weights in `tier`."""
@@ -181,6 +235,12 @@ class Plan:
         """The format in which a component of a layer is used. Raises KeyError if the model has none."""
         return self._by_key[layer, component][0].representation
 
+    @cached_property
+    def layers_with_host_experts(self) -> frozenset[int]:
+        """Layers, MTP layers left out, some or all of whose routed experts are not on a GPU."""
+        found = (p.layer for p in self.placements if p.component == "routed_expert" and p.tier != "gpu")
+        return frozenset(layer for layer in found if layer is not None and layer < self.n_layers)
+
     def gpu_experts(self) -> int:
         """Routed experts on the GPU, in all layers together."""
         return sum(placement.expert_count for placement in self.placements if placement.tier == "gpu")
@@ -204,6 +264,10 @@ class Plan:
             yield Row("CUDA itself", "", "", "gpu", "gpu", self.context_bytes)
             yield Row("its allocator's reserve", "", "", "gpu", "gpu", self.allocator_bytes)
         yield Row("buffers of the experts", "", "f32", "ram", "copied", self.host_bytes)
+        if self.streaming is not None:
+            staging = f"staging of {self.streaming.slice_experts} experts, twice"
+            yield Row(staging, "", "", "gpu", "gpu", self.staging_bytes)
+            yield Row(staging, "", "", "ram", "copied", self.staging_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """The plan and its sums as a JSON object, in a fixed order."""

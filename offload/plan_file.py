@@ -10,8 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.parts import Part
-from offload.pins import CACHE_FORMATS, pinned_cache, pinned_chunk
-from offload.plan import PLAN_VERSION, RAM_RESIDENCIES, Device, Plan, PlanError, Range, Residency, Tier
+from offload.pins import CACHE_FORMATS, LEAST_STREAMED, pinned_cache, pinned_chunk, pinned_stream
+from offload.plan import (
+    PLAN_VERSION,
+    RAM_RESIDENCIES,
+    SLICE_EXPERTS,
+    Device,
+    Plan,
+    PlanError,
+    Range,
+    Residency,
+    Streaming,
+    Tier,
+)
 from offload.sizes import format_size
 from quant.files import new_file
 
@@ -20,6 +31,7 @@ if TYPE_CHECKING:
     from offload.wishes import Wishes
 
 MOST_BYTES = 2**26
+MOST_STREAMED = 16  # experts of a slice
 AGAIN = "make it anew with `dsr1 plan MODEL --save FILE`"
 Key = tuple[int | None, str]
 
@@ -41,12 +53,14 @@ class SavedPlan:
         """The wishes, with what the user left out as the file has it."""
         device: Device = _one_of(self.fields, "device", ("cuda", "cpu", "emulate"), self.path)
         gpu_mem = None if device == "cpu" else _count(self.fields, "gpu_budget", self.path)
+        deferred = _count(self.fields, "deferred_experts", self.path, least=0)
         return replace(
             wishes,
             device=device if wishes.device == "auto" else wishes.device,
             gpu_mem=gpu_mem if wishes.gpu_mem is None else wishes.gpu_mem,
             ram=_count(self.fields, "ram_budget", self.path) if wishes.ram is None else wishes.ram,
             context=_count(self.fields, "context", self.path) if wishes.context is None else wishes.context,
+            defer_experts=deferred if wishes.defer_experts is None else wishes.defer_experts,
         )
 
     def reused(self, planning: "Planning") -> Plan:
@@ -83,7 +97,20 @@ class SavedPlan:
             placements=tuple(part.placed() for part in parts),
             reasons=(f"Everything is as {self.path.name} says" + (", and --pin." if planning.pins else "."),),
             nodes=planning.budget.nodes if copied else 1,
+            streaming=self._streaming(planning),
         )
+
+    def _streaming(self, planning: "Planning") -> Streaming | None:
+        """As a pin or the file has it."""
+        pinned, found = pinned_stream(planning.pins), self.fields.get("streaming")
+        if pinned == "off" or (pinned is None and found is None) or planning.budget.device == "cpu":
+            return None
+        if found is not None and not isinstance(found, dict):
+            raise PlanError(f"{self.path}: streaming is {str(found)[:40]!r}, which is damaged; {AGAIN}")
+        fields = {"from_tokens": pinned, "slice_experts": SLICE_EXPERTS} if found is None else found
+        size = min(MOST_STREAMED, _count(fields, "slice_experts", self.path))
+        least = max(LEAST_STREAMED, pinned or _count(fields, "from_tokens", self.path))
+        return Streaming(least, min(size, planning.config.n_routed_experts))
 
 
 def read_plan(path: Path) -> SavedPlan:
@@ -106,10 +133,10 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _count(fields: Mapping[str, Any], name: str, path: Path) -> int:
+def _count(fields: Mapping[str, Any], name: str, path: Path, least: int = 1) -> int:
     value = fields.get(name)
-    if type(value) is not int or not 1 <= value < 2**60:
-        raise PlanError(f"{path}: {name} is {str(value)[:40]!r}, which is no number from 1 on; {AGAIN}")
+    if type(value) is not int or not least <= value < 2**60:
+        raise PlanError(f"{path}: {name} is {str(value)[:40]!r}, which is no number from {least} on; {AGAIN}")
     return value
 
 

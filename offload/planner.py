@@ -5,21 +5,34 @@ head, with the latent cache and the workspace. Routed experts, the embedding and
 
 Plans are compared in this order, and the first that fits is the best one:
     1. quality: LADDER says what takes its smaller form first, where memory is short;
-    2. predicted speed of prefill: the chunks of `chunk_order`;
+    2. predicted speed of prefill: chunks, and whether long ones stream experts, as `Planning.prefills` has them;
     3. routed experts on the GPU, as many as there is room for, the most used ones first (expert_places.py).
 More memory never makes the plan worse in this order, because every plan that fits less memory fits more.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from offload.costs import Costs
+from offload.costs import WORTH, Costs
+from offload.deferral import deferral_of
 from offload.expert_places import Usage, place_experts
 from offload.machine import Machine
 from offload.parts import Available, Budget, Part, Parts, expert_forms
-from offload.pins import Pin, pinned_cache, pinned_chunk
-from offload.plan import RAM_RESIDENCIES, Placement, Plan, PlanComponent, PlanError, RamResidency, Transfers
+from offload.pins import Pin, pinned_cache, pinned_chunk, pinned_stream
+from offload.plan import (
+    RAM_RESIDENCIES,
+    SLICE_EXPERTS,
+    Placement,
+    Plan,
+    PlanComponent,
+    PlanError,
+    RamResidency,
+    Streaming,
+    Transfers,
+    is_streamable,
+)
+from offload.reasons import reasons
 from offload.shortage import Shortages
 from offload.sizes import format_size
 from offload.workspace import device_expert_bytes, host_bytes, workspace_bytes
@@ -30,7 +43,6 @@ from quant.packed import EXPERT_FORMATS
 
 DEFAULT_CONTEXT = 32768
 PREFILL_CHUNKS = (128, 256, 512, 1024, 2048, 4096)  # tokens
-WORTH = 1.05  # a larger chunk is taken if it makes prefill so many times as fast
 CUDA_CONTEXT = 3 * 2**28  # bytes; libraries' handles and kernels among them
 ALLOCATOR_RESERVE = 2**28  # bytes; rounding, and gaps that blocks of other sizes leave
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -47,6 +59,14 @@ class Level:
 
     cache: CacheFormat
     reduced: tuple[PlanComponent, ...]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """How prompts are run. chunk: most tokens of a pass. streams: whether long passes send experts to the GPU."""
+
+    chunk: int
+    streams: bool
 
 
 @dataclass(frozen=True)
@@ -97,39 +117,61 @@ class Planning:
         """Whether a cache in 8 bits makes the smallest plan smaller: not where unpacking takes more than it saves."""
         if not _takes_int8(self.config):
             return False
-        chunk = min(PREFILL_CHUNKS[0], self.budget.context)
-        exact, packed = draft(self, Level("bfloat16", ()), chunk), draft(self, Level("int8", ()), chunk)
+        prefill = Prefill(min(PREFILL_CHUNKS[0], self.budget.context), streams=False)
+        exact, packed = draft(self, Level("bfloat16", ()), prefill), draft(self, Level("int8", ()), prefill)
         return packed.gpu_bytes + packed.ram_bytes < exact.gpu_bytes + exact.ram_bytes
 
     @cached_property
-    def chunks(self) -> list[int]:
-        """Chunks to try, the fastest one first: from the smallest on, each that is worth its memory by predicted speed.
+    def prefills(self) -> list[Prefill]:
+        """Ways of prefill to try, the fastest one first.
 
-        No budget counts here, so more memory cannot change the order.
+        From the one that takes the least of a GPU on, each that is worth its memory by predicted speed. No budget
+        counts here, so more memory cannot change the order.
         """
-        if (pinned := pinned_chunk(self.pins)) is not None:
-            return [min(pinned, self.budget.context)]
         best, *_ = self.levels()
-        order: list[int] = []
+        drafts = [(prefill, draft(self, best, prefill)) for prefill in self._possible_prefills()]
+        drafts = [(prefill, plan) for prefill, plan in drafts if prefill.streams == (plan.streaming is not None)]
+        order: list[Prefill] = []
         speed = 0.0
-        for chunk in dict.fromkeys(min(chunk, self.budget.context) for chunk in PREFILL_CHUNKS):
-            predicted = self.costs.chunk_tok_s(draft(self, best, chunk))
+        for prefill, plan in sorted(drafts, key=lambda one: one[1].gpu_bytes if one[1].on_gpu else 0):
+            predicted = self.costs.chunk_tok_s(plan)
             if not order or predicted >= WORTH * speed:
-                order.append(chunk)
+                order.append(prefill)
                 speed = predicted
         return order[::-1]
+
+    def _possible_prefills(self) -> list[Prefill]:
+        pinned, stream = pinned_chunk(self.pins), pinned_stream(self.pins)
+        chunks = dict.fromkeys(
+            min(chunk, self.budget.context) for chunk in (PREFILL_CHUNKS if pinned is None else (pinned,))
+        )
+        ways = (False,) if stream == "off" else (False, True) if stream is None else (True,)
+        return [Prefill(chunk, streams) for streams in ways for chunk in chunks]
+
+    def streaming(self, plan: Plan) -> Streaming | None:
+        """How the experts of a plan that are in RAM are streamed, if that is possible, and sooner done or asked for."""
+        if not plan.on_gpu or not any(is_streamable(placement, plan.n_layers) for placement in plan.placements):
+            return None
+        size, asked = min(SLICE_EXPERTS, self.config.n_routed_experts), pinned_stream(self.pins)
+        least = asked if isinstance(asked, int) else self.costs.stream_from(plan, size)
+        return None if least is None else Streaming(least, size)
 
     def drafts(self) -> Iterator[tuple[Level, Plan]]:
         """Plans to try, the best one first; the last one is the smallest."""
         for level in self.levels():
-            for chunk in self.chunks:
-                yield level, draft(self, level, chunk)
+            for prefill in self.prefills:
+                yield level, draft(self, level, prefill)
 
 
 def make_plan(planning: Planning) -> Plan:
     """The best plan that fits. Raises PlanError, which says how much is short and what would fit."""
     if planning.budget.device == "cpu" and any(part.tier == "gpu" for part in planning.parts.all):
         raise PlanError("--pin puts experts on a GPU, and this plan has none; give --gpu-mem, or leave the pin out")
+    if not planning.prefills:
+        raise PlanError(
+            "--pin streams experts, and only a store's experts in RAM can be streamed to a GPU; "
+            "give --gpu-mem and a store, or leave the pin out"
+        )
     found, smallest = find_plan(planning)
     if found is None:
         raise PlanError(Shortages(planning, smallest, find_plan).text())
@@ -143,21 +185,22 @@ def find_plan(planning: Planning) -> tuple[Plan | None, Plan]:
         filled = place_experts(plan, planning.parts.all, planning.usage, _room(planning, plan))
         counted = recount(planning.config, filled)
         if fits(counted):
-            return replace(counted, reasons=tuple(_reasons(planning, level, counted, tried))), counted
+            return replace(counted, reasons=tuple(reasons(planning, level, counted, tried))), counted
         tried[level] = counted
     return None, counted
 
 
-def draft(planning: Planning, level: Level, chunk: int) -> Plan:
-    """A plan of some quality and chunk, with no experts on the GPU but pinned ones."""
+def draft(planning: Planning, level: Level, prefill: Prefill) -> Plan:
+    """A plan of some quality and way of prefill, with no experts on the GPU but pinned ones."""
     budget = planning.budget
     plan = replace(
         empty_plan(planning),
-        prefill_chunk=chunk,
+        prefill_chunk=prefill.chunk,
         cache_format=level.cache,
         placements=tuple(part.placed(level.reduced) for part in planning.parts.all),
         nodes=budget.nodes if budget.residency == "copied" else 1,
     )
+    plan = replace(plan, streaming=planning.streaming(plan) if prefill.streams else None)
     return recount(planning.config, plan)
 
 
@@ -184,19 +227,31 @@ def empty_plan(planning: Planning) -> Plan:
         transfers=None,
         placements=(),
         notes=planning.notes,
+        deferred_experts=budget.deferred_experts,
     )
 
 
 def recount(config: ModelConfig, plan: Plan) -> Plan:
     """The plan with all that follows from its placements, cache, chunk and context counted anew."""
+    plan = replace(plan, streaming=_staged(plan))
     return replace(
         plan,
         cache_bytes=cache_bytes(config, plan.context, plan.cache_format),
         workspace_bytes=workspace_bytes(config, plan),
-        host_bytes=host_bytes(config, plan.prefill_chunk),
+        host_bytes=host_bytes(config, plan.host_tokens),
         decode_ram_bytes=_decode_ram_bytes(config, plan.placements),
         transfers=_transfers(config, plan) if plan.on_gpu else None,
     )
+
+
+def _staged(plan: Plan) -> Streaming | None:
+    """A plan's streaming with the bytes of its buffers, and of all that is streamed; None where that is nothing."""
+    streamed = [placement for placement in plan.placements if is_streamable(placement, plan.n_layers)]
+    if plan.streaming is None or not streamed:
+        return None
+    record = max(placement.nbytes // placement.expert_count for placement in streamed)
+    staging = 2 * plan.streaming.slice_experts * record
+    return replace(plan.streaming, staging_bytes=staging, bytes_a_pass=sum(placement.nbytes for placement in streamed))
 
 
 def fits(plan: Plan) -> bool:
@@ -285,58 +340,8 @@ def _decode_ram_bytes(config: ModelConfig, placements: Sequence[Placement]) -> i
 
 def _transfers(config: ModelConfig, plan: Plan) -> Transfers:
     """x (float32), ids (int64) and router weights (float32) of experts go down, their sums (float32) come up."""
-    layers = {p.layer for p in plan.placements if p.component == "routed_expert" and p.tier == "ram"}
-    count = sum(1 for layer in layers if layer is not None and layer < config.n_layers)
-    down = count * (4 * config.dim + 12 * config.n_activated_experts)
+    layers = plan.layers_with_host_experts
+    down = len(layers) * (4 * config.dim + 12 * config.n_activated_experts)
     embedded = config.dim * DTYPE_BYTES[plan.dtype]
-    return Transfers(down, embedded + count * 4 * config.dim, 4 * config.vocab_size)
-
-
-def _reasons(planning: Planning, level: Level, plan: Plan, tried: Mapping[Level, Plan]) -> Iterator[str]:
-    """A sentence for each choice."""
-    yield _quality_reason(planning, level, tried)
-    order = planning.chunks
-    speed = planning.costs.prefill_tok_s(plan)
-    if pinned_chunk(planning.pins) is not None:
-        yield f"Prefill goes in chunks of {plan.prefill_chunk} tokens, as --pin says."
-    elif plan.prefill_chunk == order[0]:
-        yield (
-            f"Prefill goes in chunks of {plan.prefill_chunk} tokens ({speed:,.0f} tokens/s predicted): larger ones "
-            f"would not make it {WORTH - 1:.0%} faster, or are longer than the context."
-        )
-    else:
-        yield (
-            f"Prefill goes in chunks of {plan.prefill_chunk} tokens ({speed:,.0f} tokens/s predicted); of "
-            f"{order[0]}, which would be faster, the workspace does not fit."
-        )
-    yield from _expert_reasons(planning, plan)
-
-
-def _quality_reason(planning: Planning, level: Level, tried: Mapping[Level, Plan]) -> str:
-    best = planning.levels()[0]
-    if level == best:
-        return "Everything that is not a routed expert is as exact as the model has it, because that fits."
-    lower = ["the cache (8 bits)"] if level.cache != best.cache else []
-    lower += [name.replace("_expert", " experts").replace("dense", "dense layers") for name in level.reduced]
-    [*_, before] = [plan for other, plan in tried.items() if other != level]
-    short = before.gpu_bytes - before.gpu_budget if before.on_gpu else before.ram_bytes - before.ram_budget
-    return (
-        f"Smaller forms, the least harmful first: {', '.join(lower)}. With one step less, "
-        f"{format_size(max(0, short))} would be missing."
-    )
-
-
-def _expert_reasons(planning: Planning, plan: Plan) -> Iterator[str]:
-    if not plan.on_gpu:
-        return
-    if count := plan.gpu_experts():
-        how = (
-            "the most used ones of the profile"
-            if planning.usage
-            else "layer by layer, as no profile tells of their use"
-        )
-        yield f"{count:,} routed experts fill what is left of the GPU, {how}."
-    elif any(part.movable for part in planning.parts.all):
-        yield "No routed experts are on the GPU: what is left does not hold one and what it needs to run there."
-    if plan.nodes > 1:
-        yield f"Experts are copied, because mapped files cannot be placed on the {plan.nodes} NUMA nodes."
+    late = 4 * config.dim * sum(deferral_of(plan, layer).joins for layer in layers)
+    return Transfers(embedded, down, len(layers) * 4 * config.dim, 4 * config.vocab_size, late)

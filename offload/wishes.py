@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload.deferral import choose_deferred
 from offload.expert_places import Usage
 from offload.hardware import RAM_RESERVE, RAM_RESERVE_SHARE, choose_device, usable_ram
 from offload.machine import Machine
@@ -28,7 +29,8 @@ class Wishes:
     """What a user asked of a plan; None where the default is wanted.
 
     gpu_mem, ram: as "24G", or bytes. pins: as "experts:3-5=gpu". hardware: a shipped machine's name, or a file.
-    profile: a file that tells how often experts are used. plan: a file that `dsr1 plan --save` wrote.
+    profile: a file that tells how often experts are used. plan: a file that `dsr1 plan --save` wrote. defer_experts:
+    how many of a token's experts join one layer later.
     """
 
     gpu_mem: str | int | None = None
@@ -41,6 +43,7 @@ class Wishes:
     hardware: str | None = None
     profile: str | None = None
     plan: str | None = None
+    defer_experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def planning_for(
         dtype=wishes.dtype,
         residency=choose_residency(wishes.residency, inventory, available, nodes, notes),
         nodes=len(nodes),
+        deferred_experts=choose_deferred(wishes.defer_experts, inventory.config, notes, device != "cpu"),
     )
     return Planning(
         inventory,

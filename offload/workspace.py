@@ -10,7 +10,7 @@ Shapes: T tokens of a chunk, S cached tokens of a block, H heads, C = kv_lora, D
 import os
 from dataclasses import dataclass
 
-from offload.plan import Plan
+from offload.plan import DECODED, Plan
 from quant.config import ModelConfig
 from quant.gpu import shapes
 from quant.inventory import CacheFormat
@@ -59,7 +59,10 @@ def _workspace(config: ModelConfig, plan: Plan, has_experts: bool) -> int:
     act = F32 if plan.dtype == "float32" else 2
     lengths = (plan.prefill_chunk, min(plan.prefill_chunk, ABSORBED_UP_TO))  # the two forms of attention
     kernels = plan.device == "cuda" and act == 2 and _attends_by_kernels(config, plan)
-    passes = [_Pass(config, tokens, act, plan.cache_format, has_experts, kernels).peak for tokens in lengths]
+    passes = [
+        _Pass(config, tokens, act, plan.cache_format, has_experts, kernels, plan.streams(tokens)).peak
+        for tokens in lengths
+    ]
     logits = config.vocab_size * (act + F32)
     unpacked = 0
     if not plan.on_gpu and plan.cache_format == "int8":  # the CPU unpacks a layer's rows as a whole
@@ -75,7 +78,7 @@ def _attends_by_kernels(config: ModelConfig, plan: Plan) -> bool:
 def host_bytes(config: ModelConfig, chunk: int) -> int:
     """Bytes of the host buffers of offload/experts.py for up to `chunk` tokens."""
     pairs = chunk * config.n_activated_experts
-    inputs_and_output = 2 * chunk * config.dim * F32 + pairs * (8 + F32)
+    inputs_and_output = 2 * (chunk + DECODED) * config.dim * F32 + pairs * (8 + F32)  # two rows are of deferred ones
     order = 8 * (2 * config.n_routed_experts + 3 + pairs)
     return inputs_and_output + order + max(_packed_scratch(config, chunk), _plain_scratch(config, chunk))
 
@@ -113,13 +116,14 @@ class _Pass:
     cache: CacheFormat
     has_experts: bool
     kernels: bool  # whether attention is that of hybrid_rt/gpu_attention.py
+    streams: bool  # whether experts in RAM are sent to the device
 
     @property
     def peak(self) -> int:
         config, tokens = self.config, self.tokens
         x = tokens * config.dim * self.act
-        angles = tokens * config.qk_rope_head_dim * F32
-        beside_all = 2 * x + angles  # the residual stream and its normed copy
+        turns = tokens * (config.qk_rope_head_dim * F32 + 8)  # angles and positions
+        beside_all = 2 * x + turns  # the residual stream and its normed copy
         norm = 3 * tokens * config.dim * F32
         attention = self._attention_by_kernels if self.kernels else self._attention
         return beside_all + max(norm, attention, self._feed_forward)
@@ -206,7 +210,21 @@ class _Pass:
             submitted += row * F32 + 36 * self.tokens * config.n_activated_experts
             running = device_experts_bytes(self.tokens, config.n_activated_experts, config.dim, config.moe_inter_dim)
         mixture = max(gate, submitted + max(running, shared, sync)) if config.n_moe_layers else 0
+        if self.streams:
+            mixture = max(mixture, self._streaming)
         return row * self.act + max(dense, mixture)
+
+    @property
+    def _streaming(self) -> int:
+        """Sums of all slices and of one, what that takes, and the shared expert's result; then the sum's conversion.
+
+        Beside those of experts that live on the device, if there are some.
+        """
+        config, row = self.config, self.tokens * self.config.dim
+        chosen = self.tokens * config.n_activated_experts
+        running = device_experts_bytes(self.tokens, config.n_activated_experts, config.dim, config.moe_inter_dim)
+        here = row * F32 if self.has_experts else 0
+        return here + 28 * chosen + row * self.act + 2 * row * F32 + running
 
     def _mlp(self, inter: int) -> int:
         """The gate, the up projection, silu of the gate and the product; then the product and the result."""

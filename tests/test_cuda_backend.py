@@ -94,6 +94,25 @@ def test_host_work_of_other_streams_is_not_waited_for(backend: CudaBackend) -> N
     backend.synchronize()
 
 
+def test_host_work_behind_host_work_keeps_nobody_waiting(backend: CudaBackend) -> None:
+    """It runs in its turn; the caller goes on, and learns of the first one's error from the second."""
+    side, done, hold = backend.stream("side"), backend.event(), threading.Event()
+    ran: list[int] = []
+    backend.launch(side, lambda: (hold.wait(30), ran.append(1)))
+    backend.launch(side, ran.append, 2)
+    backend.record(done, side)
+    assert ran == []
+    hold.set()
+    backend.wait(done, backend.main)
+    assert ran == [1, 2]
+    backend.launch(side, ran.index, 3)
+    backend.launch(side, ran.append, 4)
+    backend.record(done, side)
+    with pytest.raises(ValueError, match="not in list"):
+        backend.wait(done, backend.main)
+    assert ran == [1, 2]
+
+
 def test_errors_of_host_work_reach_the_caller(backend: CudaBackend) -> None:
     def fail() -> None:
         raise IndexError("told")

@@ -224,7 +224,7 @@ def test_plan_files_that_are_not_for_this_model(saved: Path) -> None:
     whole = saved.read_text()
     placements = json.loads(whole)["placements"]
     for fields, words in (
-        ({"version": 1}, "version 1, not 2"),
+        ({"version": 1}, "version 1, not 3"),
         ({"placements": placements[1:]}, "not exactly once"),
         ({"placements": [*placements, placements[0]]}, "not exactly once"),
         ({"placements": [placements[0] | {"tier": "disk"}, *placements[1:]]}, "on the disk"),
@@ -234,6 +234,10 @@ def test_plan_files_that_are_not_for_this_model(saved: Path) -> None:
         ({"prefill_chunk": -1}, "prefill_chunk"),
         ({"context": 10**9}, "maximum"),
         ({"cache_format": "int2"}, "cache_format"),
+        ({"deferred_experts": -1}, "deferred_experts"),
+        ({"deferred_experts": 8}, "at least one must be computed"),
+        ({"streaming": "yes"}, "streaming is 'yes'"),
+        ({"streaming": {"from_tokens": 512, "slice_experts": 0}}, "slice_experts"),
         ({"device": "tpu"}, "device"),
     ):
         change(saved, **fields)

@@ -111,7 +111,8 @@ def test_24_gib_and_32k_by_hand() -> None:
     assert plan.reserve_bytes / GIB == RESERVES
     fixed = gpu_without_experts(plan) + 2.14 + RESERVES
     assert fixed == pytest.approx(18.99, abs=0.03)
-    experts = (24 - fixed - plan.workspace_bytes / GIB) * 1024 / 23.63  # what is left, by an expert's size
+    taken = fixed + (plan.workspace_bytes + plan.staging_bytes) / GIB
+    experts = (24 - taken) * 1024 / 23.63  # what is left, by an expert's size
     assert plan.gpu_experts() == pytest.approx(experts, abs=3) and plan.gpu_experts() > 100
     assert of_component(plan, "routed_expert") == pytest.approx(342.6, abs=0.05)
     assert plan.decode_ram_bytes == pytest.approx(11.494e9 * (1 - plan.gpu_experts() / 58 / 256), rel=1e-3)
@@ -178,7 +179,7 @@ def test_80_gib_of_gpu_by_hand() -> None:
     assert set(formats(plan).values()) == {"q8"} and plan.cache_format == "bfloat16"
     layers = [layer for layer in range(3, 61) if all(p.tier == "gpu" for p in plan.expert_placements(layer))]
     assert len(layers) in (9, 10) and layers == list(range(3, 3 + len(layers)))
-    left = (80 - 18.99 - plan.workspace_bytes / GIB) * 1024 / 23.63
+    left = (80 - 18.99 - (plan.workspace_bytes + plan.staging_bytes) / GIB) * 1024 / 23.63
     assert plan.gpu_experts() == pytest.approx(left, abs=40)
     assert plan.gpu_bytes <= 80 * GIB
 
@@ -394,7 +395,11 @@ def rank(planning: Planning, plan: Plan) -> tuple[int, int, int]:
     exact = {(part.layer, part.component): part.forms[0].representation for part in planning.unpinned}
     components = {p.component for p in plan.placements if p.representation != exact[p.layer, p.component]}
     quality = (plan.cache_format == "int8") + sum(any(c in components for c in step) for step in LADDER)
-    return quality, planning.chunks.index(plan.prefill_chunk), -plan.gpu_experts()
+    ways = [way for way in planning.prefills if way.chunk == plan.prefill_chunk]
+    way = next(
+        (way for way in ways if way.streams == (plan.streaming is not None)), ways[0]
+    )  # or nothing is left in RAM
+    return quality, planning.prefills.index(way), -plan.gpu_experts()
 
 
 MANY_EXPERTS = {"n_routed_experts": 32, "n_group": 4}

@@ -41,14 +41,14 @@ def check(plan: Plan, proofs: list[Proof]) -> None:
     assert peak <= plan.gpu_budget
     assert peak <= plan.gpu_bytes <= 1.02 * peak
     assert workspace <= plan.workspace_bytes
-    assert {proof.cache_bytes for proof in proofs} == {plan.cache_bytes}
+    assert {(proof.cache_bytes, proof.staging_bytes) for proof in proofs} == {(plan.cache_bytes, plan.staging_bytes)}
     assert proofs[0].weight_bytes == pytest.approx(plan.weight_bytes("gpu"), rel=1e-4)
 
 
 def check_transfers(plan: Plan, proof: Proof, tokens: int) -> None:
     """Of a pass through all layers."""
     assert plan.transfers is not None
-    assert proof.crossing_bytes == tokens * (plan.transfers.down + plan.transfers.up) + plan.transfers.logits
+    assert proof.crossing_bytes == plan.crossing_bytes(tokens)
     if tokens == 1:
         print(f"{proof.crossing_bytes} bytes a token over PCIe")
         assert proof.crossing_bytes == plan.transfers.decode

@@ -8,7 +8,7 @@ import torch
 
 from hybrid_rt.engine import Engine
 from hybrid_rt.evaluate.saved_reference import SavedReference, save_reference
-from hybrid_rt.evaluate.scores import EngineReference, Reference, TokenScores, join, score_window
+from hybrid_rt.evaluate.scores import EngineReference, Reference, TokenScores, decodes, join, score_window
 from hybrid_rt.evaluate.statistics import Estimate, mean, perplexity, share_of_blocks
 from hybrid_rt.evaluate.text import Text
 from hybrid_rt.evaluate.windows import choose_window, cut_all
@@ -67,7 +67,7 @@ def evaluate(
     text is too short.
     """
     windows = windows_of(engine, text, window, reference)
-    judge = None if reference is None else EngineReference(reference)
+    judge = None if reference is None else EngineReference(reference, decodes(engine))
     return summarize(score_all(engine, windows, judge, report), windows)
 
 

@@ -41,13 +41,13 @@ class Reference(Protocol):
 
 
 class EngineReference:
-    """A second model, which reads the same windows."""
+    """A second model, which reads the same windows. decoding: whether token by token."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, decoding: bool = False) -> None:
+        self.engine, self.decoding = engine, decoding
 
     def comparing(self, number: int, window: torch.Tensor) -> Compare:
-        states = predicting_states(self.engine, window)
+        states = predicting_states(self.engine, window, self.decoding)
         return lambda log_q, targets, rows: compare(log_q, log_probs(self.engine, states[rows]), targets)
 
 
@@ -69,18 +69,28 @@ def score_window(engine: Engine, number: int, window: torch.Tensor, reference: R
 
 def predictions(engine: Engine, window: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
     """Log probabilities [n, vocab] and targets [n] of the scored tokens, a few at a time, and which these are."""
-    targets, states = window[first_scored(window) :], predicting_states(engine, window)
+    targets, states = window[first_scored(window) :], predicting_states(engine, window, decodes(engine))
     for start in range(0, len(targets), ROWS):
         rows = slice(start, start + ROWS)
         yield log_probs(engine, states[rows]), targets[rows], rows
 
 
-def predicting_states(engine: Engine, window: torch.Tensor) -> torch.Tensor:
-    """The final states [n, dim] that the n scored tokens are predicted from: each that of the token before it."""
-    read = window[:-1]
+def decodes(engine: Engine) -> bool:
+    """Whether a model has to read what is scored token by token, because it computes otherwise in decoding."""
+    return engine.plan.deferred_experts > 0
+
+
+def predicting_states(engine: Engine, window: torch.Tensor, decoding: bool) -> torch.Tensor:
+    """The final states [n, dim] that the n scored tokens are predicted from: each that of the token before it.
+
+    decoding: whether these tokens are run one by one; what stands before them is a prompt in any case.
+    """
+    read, first = window[:-1], first_scored(window) - 1
     cache = engine.new_cache(len(read))
-    states = torch.cat([engine.forward(chunk, cache) for chunk in read.split(engine.prefill_chunk)])
-    return states[first_scored(window) - 1 :]
+    chunks = read[: first if decoding else None].split(engine.prefill_chunk)
+    steps = read[first:].split(1) if decoding else ()
+    states = torch.cat([engine.forward(some, cache) for some in (*chunks, *steps) if len(some)])
+    return states[first:]
 
 
 def log_probs(engine: Engine, states: torch.Tensor) -> torch.Tensor:

@@ -105,6 +105,19 @@ def _rope_rows(ropes, row, there, LORA: tl.constexpr, ROPE: tl.constexpr, BYTES:
 
 
 @triton.jit
+def _softmax_step(scores, values, maximum, total, sums):
+    """The online softmax with further keys: scores float32 [queries, keys], values bf16 [keys, width].
+
+    maximum, total: float32 [queries]; sums: float32 [queries, width]. All three are returned.
+    """
+    higher = tl.maximum(maximum, tl.max(scores, 1))
+    shares = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(maximum - higher)
+    total = total * shrink + tl.sum(shares, 1)
+    return higher, total, tl.dot(shares.to(tl.bfloat16), values, sums * shrink[:, None])
+
+
+@triton.jit
 def decode_kernel(
     q_latent,
     q_pe,
@@ -154,12 +167,7 @@ def decode_kernel(
         scores = tl.dot(queries, tl.trans(latents))
         scores = tl.dot(turned, tl.trans(keys), scores) * scale
         scores = tl.where(there[None, :], scores, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(scores, 1))
-        shares = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(maximum - higher)
-        total = total * shrink + tl.sum(shares, 1)
-        sums = tl.dot(shares.to(tl.bfloat16), latents, sums * shrink[:, None])
-        maximum = higher
+        maximum, total, sums = _softmax_step(scores, latents, maximum, total, sums)
 
     slot = split * tokens * heads + pair
     at = slot.to(tl.int64)[:, None] * LORA + tl.arange(0, LORA)[None, :]
@@ -184,6 +192,24 @@ def join_splits_kernel(partial, stats, out, pairs, splits, LORA: tl.constexpr):
         total += share * tl.load(stats + splits * pairs + slot)
         sums += share * tl.load(partial + slot.to(tl.int64) * LORA + column)
     tl.store(out + pair.to(tl.int64) * LORA + column, (sums / total).to(tl.bfloat16))
+
+
+@triton.jit
+def _carried(sums, stats, pair, pairs, known, VALUE: tl.constexpr):
+    """What earlier blocks of keys left of the softmax: its maximum, total and weighted sum; nothing unless `known`."""
+    maximum = tl.load(stats + pair, mask=known, other=float("-inf"))
+    total = tl.load(stats + pairs + pair, mask=known, other=0.0)
+    at = pair.to(tl.int64)[:, None] * VALUE + tl.arange(0, VALUE)[None, :]
+    return maximum, total, tl.load(sums + at, mask=known[:, None], other=0.0)
+
+
+@triton.jit
+def _carry(sums, stats, pair, pairs, real, maximum, total, weighted, VALUE: tl.constexpr):
+    """Leave the same to the next block of keys."""
+    at = pair.to(tl.int64)[:, None] * VALUE + tl.arange(0, VALUE)[None, :]
+    tl.store(sums + at, weighted, mask=real[:, None])
+    tl.store(stats + pair, maximum, mask=real)
+    tl.store(stats + pairs + pair, total, mask=real)
 
 
 @triton.jit
@@ -226,11 +252,7 @@ def prefill_kernel(
         q_nope + token[:, None] * q_token + head * q_head + tl.arange(0, NOPE)[None, :], mask=real[:, None], other=0.0
     ).to(tl.bfloat16)
     turned = tl.load(q_pe + pair[:, None] * ROPE + tl.arange(0, ROPE)[None, :], mask=real[:, None], other=0.0)
-    began = first_key > 0
-    maximum = tl.load(stats + pair, mask=real & began, other=float("-inf"))
-    total = tl.load(stats + tokens * heads + pair, mask=real & began, other=0.0)
-    state = sums + pair.to(tl.int64)[:, None] * VALUE + value[None, :]
-    weighted = tl.load(state, mask=real[:, None] & began, other=0.0)
+    maximum, total, weighted = _carried(sums, stats, pair, tokens * heads, real & (first_key > 0), VALUE)
 
     last_seen = seen - tokens + token - first_key  # the last key that each query sees, counted in this block
     end = tl.minimum(keys, seen - tokens + tl.program_id(0) * BLOCK_T + BLOCK_T - first_key)
@@ -243,18 +265,11 @@ def prefill_kernel(
         scores = tl.dot(queries, tl.trans(k_nope))
         scores = tl.dot(turned.to(tl.bfloat16), tl.trans(k_pe), scores) * scale
         scores = tl.where(there[None, :] & (key[None, :] <= last_seen[:, None]), scores, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(scores, 1))
-        shares = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(maximum - higher)
-        total = total * shrink + tl.sum(shares, 1)
         values = tl.load(rows + NOPE + value[None, :], mask=there[:, None], other=0.0)
-        weighted = tl.dot(shares.to(tl.bfloat16), values, weighted * shrink[:, None])
-        maximum = higher
+        maximum, total, weighted = _softmax_step(scores, values, maximum, total, weighted)
 
     if first_key + keys < seen:
-        tl.store(state, weighted, mask=real[:, None])
-        tl.store(stats + pair, maximum, mask=real)
-        tl.store(stats + tokens * heads + pair, total, mask=real)
+        _carry(sums, stats, pair, tokens * heads, real, maximum, total, weighted, VALUE)
     else:
         result = (weighted / total[:, None]).to(tl.bfloat16)
         tl.store(out + pair.to(tl.int64)[:, None] * VALUE + value[None, :], result, mask=real[:, None])

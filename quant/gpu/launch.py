@@ -44,7 +44,7 @@ def linear(
 ) -> Tensor:
     """x bf16 [T, K] times a weight [N, K]: bf16 [T, N]. partial: float32 [splits, T, N], or empty."""
     x, tokens = x.contiguous(), x.shape[0]
-    config, code = shapes.linear_config(tokens), format_code(name, x.device)
+    config, code = shapes.linear_config(tokens, name), format_code(name, x.device)
     splits = max(1, partial.shape[0])
     each = triton.cdiv(triton.cdiv(columns, shapes.BLOCK_K), splits)
     out = x.new_empty(tokens, rows)

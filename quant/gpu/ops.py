@@ -56,7 +56,7 @@ def linear(x: Tensor, weight: QuantTensor) -> Tensor:
     if not reads_weight(weight):
         return F.linear(x.float(), weight.data).to(x.dtype)
     (tokens, _), (rows, columns) = x.shape, weight.shape
-    splits = shapes.linear_splits(tokens, rows, columns)
+    splits = shapes.linear_splits(tokens, rows, columns, weight.format.name)
     partial = x.new_empty((splits, tokens, rows) if splits > 1 else (0,), dtype=torch.float32)
     stored = weight.data, weight.scale, weight.format.name
     out: Tensor = torch.ops.dsr1.gpu_linear.default(x, *stored, rows, columns, partial)

@@ -29,6 +29,7 @@ class Config:
 
 
 LINEAR_FEW = Config(16, 32, 4, 4)
+LINEAR_FEW_Q8 = Config(16, 64, 8, 3)
 LINEAR_MANY = Config(64, 64, 4, 2)
 EXPERTS_FEW = Config(16, 32, 4, 3)
 HIDDEN_MANY = Config(32, 64, 8, 2)
@@ -46,14 +47,16 @@ def reads_heads(nope: int, value: int, rope: int, lora: int) -> bool:
     return all(size >= TILE_ROWS and size & (size - 1) == 0 for size in (nope, value, rope, lora))
 
 
-def linear_config(tokens: int) -> Config:
-    """For x [tokens, K]."""
-    return LINEAR_FEW if tokens <= FEW_TOKENS else LINEAR_MANY
+def linear_config(tokens: int, name: str) -> Config:
+    """For x [tokens, K] and weights of the format `name`."""
+    if tokens > FEW_TOKENS:
+        return LINEAR_MANY
+    return LINEAR_FEW_Q8 if name == "q8" else LINEAR_FEW
 
 
-def linear_splits(tokens: int, rows: int, columns: int) -> int:
+def linear_splits(tokens: int, rows: int, columns: int, name: str) -> int:
     """Programs that share the columns of a tile of output, so that decoding keeps every processor busy."""
-    config = linear_config(tokens)
+    config = linear_config(tokens, name)
     tiles = -(-rows // config.n) * -(-tokens // config.m)
     blocks = -(-columns // BLOCK_K)
     wanted = min(blocks, -(-PROGRAMS // tiles))

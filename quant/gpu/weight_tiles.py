@@ -2,7 +2,8 @@
 
 Nothing is permuted at upload. A packed block (docs/formats.md) is 16 rows side by side in lines of 64 bytes, so the
 words of a tile are contiguous: a thread loads 16 bytes, four rows of one line, and a warp 512 bytes in a row. Unpacked,
-the thread holds 8 (q8: 4) neighbouring columns of each of its rows, which shared memory takes as they are.
+the thread holds 8 neighbouring columns of each of its rows, which shared memory takes as they are. (In q8 these are of
+two lines, so a thread loads twice, and a warp of each second line.)
 
 A value is integer × multiplier: the integers s × level fit bfloat16 exactly in `fast` and `q8`, FP8 codes and bf16
 weights do too; those of `accurate` have up to 13 bits and are rounded to 8, an error of at most 2^-9.
@@ -66,9 +67,9 @@ def _block_words(data, first_row, rows, columns, block, WORDS: tl.constexpr, ROW
 
 
 @triton.jit
-def _lines(words, there, FIRST: tl.constexpr, LINES: tl.constexpr):
-    """int32 [ROWS, LINES]: the words of the rows in the lines from FIRST on."""
-    lines = FIRST + tl.arange(0, LINES)
+def _lines(words, there, FIRST: tl.constexpr, STEP: tl.constexpr, LINES: tl.constexpr):
+    """int32 [ROWS, LINES]: the words of the rows in the lines FIRST, FIRST + STEP and so on."""
+    lines = FIRST + STEP * tl.arange(0, LINES)
     return tl.load(words[:, None] + lines[None, :] * TILE, mask=there[:, None], other=0)
 
 
@@ -90,7 +91,7 @@ def _eight_columns(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr):
 def _fast_tile(data, first_row, rows, columns, block, ROWS: tl.constexpr):
     words, there = _block_words(data, first_row, rows, columns, block, FAST_WORDS, ROWS)
     header = tl.load(words, mask=there, other=0)
-    codes = _lines(words, there, 1, 16)
+    codes = _lines(words, there, 1, 1, 16)
     group = tl.arange(0, 16) // 4  # of each line of 8 columns
     integers = ((header[:, None] >> 4 * group[None, :]) & 15) * 2 - 15
     values = _eight_columns(
@@ -117,7 +118,7 @@ def _accurate_tile(data, first_row, rows, columns, block, ROWS: tl.constexpr):
     words, there = _block_words(data, first_row, rows, columns, block, ACCURATE_WORDS, ROWS)
     header = tl.load(words, mask=there, other=0)
     lower = tl.load(words + TILE, mask=there, other=0)
-    codes = _lines(words, there, 2, 16)
+    codes = _lines(words, there, 2, 1, 16)
     group = tl.arange(0, 16) // 2
     upper_bits = (header[:, None] >> 2 * group[None, :]) & 3
     integers = (upper_bits * 16 + ((lower[:, None] >> 4 * group[None, :]) & 15)) - 32
@@ -150,10 +151,19 @@ def _accurate(words, SHIFT: tl.constexpr, integers):
 def _q8_tile(data, first_row, rows, columns, block, ROWS: tl.constexpr):
     words, there = _block_words(data, first_row, rows, columns, block, Q8_WORDS, ROWS)
     header = tl.load(words, mask=there, other=0)
-    codes = _lines(words, there, 1, 32)
-    evens = tl.join(_q8(codes, 0), _q8(codes, 16))
-    odds = tl.join(_q8(codes, 8), _q8(codes, 24))
-    return tl.reshape(tl.join(evens, odds), ROWS, COLUMNS), _multipliers(header)
+    first, second = _lines(words, there, 1, 2, 16), _lines(words, there, 2, 2, 16)
+    values = _eight_columns(
+        _q8(first, 0),
+        _q8(first, 8),
+        _q8(first, 16),
+        _q8(first, 24),
+        _q8(second, 0),
+        _q8(second, 8),
+        _q8(second, 16),
+        _q8(second, 24),
+        ROWS,
+    )
+    return values, _multipliers(header)
 
 
 @triton.jit

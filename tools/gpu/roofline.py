@@ -42,7 +42,7 @@ class Row:
 
 def linear(name: str, tokens: int, rows: int, columns: int) -> Row:
     """A matrix of R1 times `tokens` tokens."""
-    config, splits = shapes.linear_config(tokens), shapes.linear_splits(tokens, rows, columns)
+    config, splits = shapes.linear_config(tokens, name), shapes.linear_splits(tokens, rows, columns, name)
     bits = PACKED_FORMATS[name].bits_per_weight if name in PACKED_FORMATS else 8
     weights, inputs = rows * columns * bits / 8, 2 * tokens * (rows + columns)
     blocks = -(-tokens // config.m)

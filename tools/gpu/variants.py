@@ -65,16 +65,16 @@ DOT, WIDE = "tensor cores", "16 bytes a copy"
 
 def _of_weights() -> Iterator[tuple[str, dict[str, Any], dict[str, str], bool, tuple[str, ...]]]:
     for name, code in WEIGHTS.items():
-        wants = (DOT,) if name == "q8" else (DOT, WIDE)
-        yield name, {"FORMAT": code}, {"data": STORED.get(code, "*i32")}, name.endswith("native"), wants
+        yield name, {"FORMAT": code}, {"data": STORED.get(code, "*i32")}, name.endswith("native"), (DOT, WIDE)
 
 
 def variants() -> Iterator[Variant]:
     """All of them."""
     for name, form, types, newest, wants in _of_weights():
-        for what, config in (("1-16 tokens", shapes.LINEAR_FEW), ("prefill", shapes.LINEAR_MANY)):
+        for what, tokens in (("1-16 tokens", 1), ("prefill", 1000)):
+            config = shapes.linear_config(tokens, name)
             tile = {**form, "BLOCK_M": config.m, "BLOCK_N": config.n}
-            out = {"out": "*fp32" if config is shapes.LINEAR_FEW else "*bf16"}
+            out = {"out": "*fp32" if tokens == 1 else "*bf16"}
             yield Variant(f"linear, {name}, {what}", linear_kernel, tile, types | out, config, newest, wants)
         for kernel, config in ((absorb_kernel, shapes.ABSORB), (project_kernel, shapes.PROJECT)):
             heads = {**form, **HEADS_FORM, "BLOCK_T": config.m}
@@ -105,11 +105,10 @@ def _attention() -> Iterator[Variant]:
 
 def _experts() -> Iterator[Variant]:
     for name, code in shapes.PACKED_CODES.items():
-        wants = (DOT,) if name == "q8" else (DOT, WIDE)
         for what, pairs in (("few tokens", 1), ("prefill", 1000)):
             configs = shapes.expert_configs(pairs, 16, name)
             for kernel, half, config in zip(
                 (hidden_kernel, down_kernel), ("gate and up", "down"), configs, strict=True
             ):
                 tile = {"FORMAT": code, "BLOCK_M": config.m, "BLOCK_N": config.n}
-                yield Variant(f"experts, {half}, {name}, {what}", kernel, tile, {}, config, False, wants)
+                yield Variant(f"experts, {half}, {name}, {what}", kernel, tile, {}, config, False, (DOT, WIDE))
