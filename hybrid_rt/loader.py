@@ -19,7 +19,7 @@ from offload.experts import CpuExperts, ExpertBuffers, ExpertWeights, PackedExpe
 from offload.memory import lock
 from offload.node_experts import NodeExperts, copy_records
 from offload.plan import Placement, Plan, is_streamable, planned_component
-from offload.streamed_experts import SLOTS, HostExperts, Staging, StreamedExperts
+from offload.streamed_experts import HostExperts, Staging, StreamedExperts
 from offload.topology import Topology, read_topology
 from quant.checkpoint import Checkpoint
 from quant.dequantize import dequantize
@@ -115,9 +115,8 @@ class StoredParts:
         """Buffers that all layers' experts are streamed through."""
         streaming = self.plan.streaming
         assert streaming is not None, "a plan that streams says how"
-        size = streaming.slice_experts
-        record_bytes = streaming.staging_bytes // (SLOTS * size)
-        return Staging(self.backend, record_bytes, self.source.config.n_routed_experts, size)
+        experts = self.source.config.n_routed_experts
+        return Staging(self.backend, streaming.record_bytes, experts, streaming.slice_experts)
 
     def _device_experts(self, layer: int, placements: Sequence[Placement]) -> DeviceExperts:
         """Those on the device, which only a store's can be. They are copied there."""

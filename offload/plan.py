@@ -16,6 +16,7 @@ from quant.packed import EXPERT_FORMATS
 PLAN_VERSION = 3
 DECODED = 1  # tokens of a pass that may defer experts
 SLICE_EXPERTS = 8  # that are streamed at a time; R1's take 189 MiB
+STAGING_SLOTS = 2  # slices that are on their way at a time
 
 Device = Literal["cuda", "cpu", "emulate"]
 Tier = Literal["gpu", "ram", "disk"]  # disk: read when needed, which this version refuses
@@ -105,7 +106,12 @@ class Transfers:
     @property
     def decode(self) -> int:
         """Bytes of one generated token."""
-        return self.embedded + self.down + self.up + self.logits + self.late
+        return self.of_pass(DECODED)
+
+    def of_pass(self, tokens: int) -> int:
+        """Bytes of a pass of so many tokens that streams no experts, with one token's logits."""
+        late = self.late if tokens <= DECODED else 0
+        return tokens * (self.embedded + self.down + self.up) + late + self.logits
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,11 @@ class Streaming:
     slice_experts: int
     staging_bytes: int = 0
     bytes_a_pass: int = 0
+
+    @property
+    def record_bytes(self) -> int:
+        """Of the largest expert that the buffers hold."""
+        return self.staging_bytes // (STAGING_SLOTS * self.slice_experts)
 
 
 @dataclass(frozen=True)
@@ -204,8 +215,7 @@ class Plan:
         moved = self.transfers
         if self.streaming is not None and self.streams(tokens):
             return tokens * moved.embedded + self.streaming.bytes_a_pass + moved.logits
-        late = moved.late if tokens <= DECODED else 0
-        return tokens * (moved.embedded + moved.down + moved.up) + late + moved.logits
+        return moved.of_pass(tokens)
 
     def weight_bytes(self, tier: Tier) -> int:
         """Bytes of the weights in `tier`."""

@@ -23,6 +23,7 @@ from offload.pins import Pin, pinned_cache, pinned_chunk, pinned_stream
 from offload.plan import (
     RAM_RESIDENCIES,
     SLICE_EXPERTS,
+    STAGING_SLOTS,
     Placement,
     Plan,
     PlanComponent,
@@ -250,7 +251,7 @@ def _staged(plan: Plan) -> Streaming | None:
     if plan.streaming is None or not streamed:
         return None
     record = max(placement.nbytes // placement.expert_count for placement in streamed)
-    staging = 2 * plan.streaming.slice_experts * record
+    staging = STAGING_SLOTS * plan.streaming.slice_experts * record
     return replace(plan.streaming, staging_bytes=staging, bytes_a_pass=sum(placement.nbytes for placement in streamed))
 
 

@@ -30,9 +30,7 @@ from offload.backend import Backend
 from offload.device_experts import ELSEWHERE, DeviceExperts
 from offload.experts import CpuExperts, PackedExperts
 from offload.node_experts import NodeExperts, split_records
-from offload.plan import Range
-
-SLOTS = 2
+from offload.plan import STAGING_SLOTS, Range
 
 
 class _Slot:
@@ -52,7 +50,7 @@ class Staging:
 
     def __init__(self, backend: Backend, record_bytes: int, experts: int, size: int) -> None:
         self.backend, self.size = backend, size
-        self.slots = [_Slot(backend, size * record_bytes) for _ in range(SLOTS)]
+        self.slots = [_Slot(backend, size * record_bytes) for _ in range(STAGING_SLOTS)]
         self.gather, self.upload = backend.stream("gather"), backend.stream("upload")
         self.numbers = backend.place("expert slots", torch.arange(experts + 1))  # the last one is in no slice
 

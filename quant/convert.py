@@ -23,7 +23,7 @@ from quant.importance import AllAlike, Importance
 from quant.journal import Journal, check_target, conversion
 from quant.manifest import MANIFEST_NAME, FileRecord, Manifest, formats_fingerprint
 from quant.packed import PACKED_FORMATS
-from quant.pieces import Piece, Published, Target, pieces_by_shard, targets_by_file
+from quant.pieces import Piece, Published, Target, pieces_by_shard, store_pieces, targets_by_file
 from quant.progress import Progress, ignore
 from quant.recipes import DEFAULT_RECIPE, find_recipe
 from quant.report import REPORT_NAME, Report, Stored, make_report
@@ -83,7 +83,8 @@ def convert(
     check_target(folder)
     shards = source.shards.disk_bytes([shard.path for shard in checkpoint.shards])
     check_space("the store", folder, plans.values(), shards)
-    pieces = pieces_by_shard(checkpoint, (place for name, plan in plans.items() for place in placements(name, plan)))
+    places = (place for name, plan in plans.items() for place in placements(name, plan))
+    pieces = pieces_by_shard(checkpoint, places, store_pieces)
     with conversion(folder, _task(source, formats, importance)) as journal:
         files = {name: _copy(checkpoint.folder / name, folder / name) for name in copied_files(checkpoint.folder)}
         encoder = StoreEncoder(importance)

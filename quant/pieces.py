@@ -5,11 +5,11 @@ threads, so that another run knows them again.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from quant.formats import FP8_BLOCK_SIDE, Format
 from quant.inventory import TensorSpec
@@ -31,6 +31,16 @@ class Published(Protocol):
     def shards(self) -> Sequence[SafetensorsFile]: ...
     def place(self, name: str) -> tuple[Format | PackedFormat, FileSpan, FileSpan | None]:
         """Format of a tensor, where its bytes lie, and where its scales do, if they lie apart."""
+
+
+class HasSpec(Protocol):
+    """A place for a tensor, in whatever is written."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+
+
+Placed = TypeVar("Placed", bound=HasSpec)
 
 
 @dataclass(frozen=True)
@@ -58,18 +68,21 @@ class Piece:
     targets: tuple[Target, ...]
 
 
-def pieces_by_shard(source: Published, placements: Iterable[Placement]) -> dict[Path, list[Piece]]:
-    """All pieces, by the shard that holds their weights, in the order in which they lie in the store."""
-    places: dict[TensorSpec, list[Placement]] = defaultdict(list)
-    for placement in placements:
-        places[placement.spec].append(placement)
+def pieces_by_shard(
+    source: Published, places: Iterable[Placed], cut: Callable[[TensorSpec, list[Placed]], Iterable[Piece]]
+) -> dict[Path, list[Piece]]:
+    """All pieces, by the shard that holds their weights, in the order of `places`. cut: a tensor by all its places."""
+    by_spec: dict[TensorSpec, list[Placed]] = defaultdict(list)
+    for place in places:
+        by_spec[place.spec].append(place)
     by_shard: dict[Path, list[Piece]] = {shard.path: [] for shard in source.shards}
-    for spec, its in places.items():
-        by_shard[source.place(spec.name)[1].path] += _pieces(spec, its)
+    for spec, its in by_spec.items():
+        by_shard[source.place(spec.name)[1].path] += cut(spec, its)
     return by_shard
 
 
-def _pieces(spec: TensorSpec, places: list[Placement]) -> Iterator[Piece]:
+def store_pieces(spec: TensorSpec, places: list[Placement]) -> Iterator[Piece]:
+    """The pieces of a tensor that a store keeps at `places`."""
     for first, shape in cuts(spec.shape):
         yield Piece(spec, first, shape, tuple(_target(place, first, shape) for place in places))
 

@@ -21,10 +21,11 @@ from quant.export.compressed_tensors import (
 from quant.export.encoder import BlockEncoder
 from quant.export.report import Exported, task_of
 from quant.export.source import Model, Source, takes_over
-from quant.export.targets import Part, Place, pieces_of, whole
+from quant.export.targets import Part, Place, export_pieces, whole
 from quant.files import new_file
 from quant.journal import conversion
 from quant.json_object import parse_json_object
+from quant.pieces import pieces_by_shard
 from quant.progress import Progress, ignore
 from quant.safetensors_writer import FilePlan
 from quant.store import CONFIG_NAME, Store
@@ -52,7 +53,8 @@ def export_checkpoint(
     texts |= {INDEX_NAME: index_text(plans), CONFIG_NAME: config_text(config, model.inventory, recipe)}
     packed = [spec for spec in model.inventory.tensors if is_packed(spec, recipe)]
     rows = source.rows({spec.name: recipe.type for spec in packed})
-    pieces = pieces_of(rows, (place for name, plan in plans.items() for place in _places(name, plan, recipe)))
+    places = (place for name, plan in plans.items() for place in _places(name, plan, recipe))
+    pieces = pieces_by_shard(rows, places, export_pieces)
     check_space("the checkpoint", folder, plans.values(), shards.disk_bytes([shard.path for shard in rows.shards]))
     with conversion(folder, task_of(source, "compressed-tensors", recipe.name)) as journal:
         write_files(rows, shards, folder, plans, pieces, journal, BlockEncoder(model.config), progress)

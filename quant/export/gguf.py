@@ -21,10 +21,11 @@ from quant.export.gguf_tensors import GgufRecipe, ModelTensor, model_tensors
 from quant.export.gguf_tokenizer import tokenizer_fields
 from quant.export.report import Exported, task_of
 from quant.export.source import Model, Source, takes_over
-from quant.export.targets import Place, pieces_of, whole
+from quant.export.targets import Place, export_pieces, whole
 from quant.files import PART_SUFFIX, cannot_write, sync_folder
 from quant.inventory import TensorSpec
 from quant.journal import JOURNAL_NAME, conversion
+from quant.pieces import pieces_by_shard
 from quant.progress import Progress, ignore
 from quant.store import Store
 
@@ -46,7 +47,7 @@ def export_gguf(
     plan = _plan(source.model, path, recipe)
     kinds = {tensor.sources[0]: tensor.type for tensor in plan.tensors if tensor.part == "whole"}
     rows = source.rows({name: kind for first, kind in kinds.items() for name in _alike(source.model, first)})
-    pieces = pieces_of(rows, _places(source.model, path.name, plan))
+    pieces = pieces_by_shard(rows, _places(source.model, path.name, plan), export_pieces)
     if not _is_finished(work, path):
         wanted = [shard for shard, its in pieces.items() if its]
         check_space("the file", work, [plan], source.shards.disk_bytes(wanted))

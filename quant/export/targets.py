@@ -1,14 +1,12 @@
 """Where an export keeps what of each tensor, and the pieces of rows that its parts are made of."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from quant.export.block_types import BlockType
 from quant.inventory import TensorSpec
-from quant.pieces import Piece, Published, Target, cuts
+from quant.pieces import Piece, Target, cuts
 
 # Of a matrix: all of it; of wkv_b, each head's rows for keys, turned, or those for values; of blocks, their codes or
 # their scales; or the number of its rows and columns.
@@ -44,18 +42,8 @@ def whole(spec: TensorSpec, file: str, begin: int, kind: BlockType) -> Place:
     return Place(spec, file, begin, kind, 1, kind.row_bytes(spec.shape[1] if len(spec.shape) > 1 else 1))
 
 
-def pieces_of(source: Published, places: Iterable[Place]) -> dict[Path, list[Piece]]:
-    """All pieces, by the shard that holds their weights."""
-    of_spec: dict[TensorSpec, list[Place]] = defaultdict(list)
-    for place in places:
-        of_spec[place.spec].append(place)
-    by_shard: dict[Path, list[Piece]] = {shard.path: [] for shard in source.shards}
-    for spec, its in of_spec.items():
-        by_shard[source.place(spec.name)[1].path] += _pieces(spec, its)
-    return by_shard
-
-
-def _pieces(spec: TensorSpec, places: list[Place]) -> Iterator[Piece]:
+def export_pieces(spec: TensorSpec, places: list[Place]) -> Iterator[Piece]:
+    """The pieces of a tensor whose parts an export keeps at `places`."""
     for first, shape in cuts(spec.shape, max(place.rows for place in places)):
         yield Piece(spec, first, shape, tuple(_targets(places, first, shape[0])))
 
