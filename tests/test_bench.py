@@ -24,6 +24,7 @@ from offload.benchmark.limits import expert_ranges, range_bytes, record_ranges
 from offload.benchmark.measure import Effort, Run, Runs, alternate
 from offload.benchmark.report import Report, Wanted, measure_shape, thread_steps
 from offload.costs import Costs
+from offload.experts import CpuExperts
 from offload.machine import load_machine
 from offload.workspace import host_bytes
 from quant import isa
@@ -151,6 +152,19 @@ def test_the_layer_computes_its_random_experts(fmt: PackedFormat) -> None:
                 expected[t] += weight * (w2 @ (torch.nn.functional.silu(w1 @ x[t]) * (w3 @ x[t])))
         error = (layers.run(turn).double() - expected).norm() / expected.norm()
         assert error < 0.03
+
+
+@by_name
+def test_a_token_s_call_is_played_from_a_recording(fmt: PackedFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = make_layers(fmt)
+    for threads in (1, 2, 1):
+        set_threads(threads)
+        for turn in (layers.turn(1), layers.turn(1), layers.turn(1)):
+            expected = turn.layer.sync(turn.layer.submit(layers._x[:1], turn.ids, turn.weights)).clone()
+            with monkeypatch.context() as patch:
+                patch.setattr(CpuExperts, "submit", None)  # not called any more
+                assert torch.equal(layers.run(turn), expected)
+    assert len(layers._token_calls) == 4
 
 
 def test_layers_take_turns_and_experts_differ() -> None:

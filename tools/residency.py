@@ -169,8 +169,8 @@ def measure(setup: Setup, folder: Path, rounds: int) -> None:
         (False, False, True),
         strict=True,
     ):
-        kinds[name] = mapped(setup, span.path, huge)
-        touch(kinds[name])
+        kinds[name] = experts = mapped(setup, span.path, huge)
+        touch(experts)
     found = decode_times(setup, kinds, rounds)
     copied = found["copied"].seconds
     for name, runs in found.items():

@@ -1,7 +1,7 @@
 """Layers of random experts, run as a model's are: submit and sync over the buffers that all layers share.
 
 A shape gets as many layers as its models have, up to some gigabytes, so that weights come from RAM and not from a
-cache. Calls go from layer to layer.
+cache. Calls go from layer to layer. Those of one token are played from a recording, as decoding is (quant/tape.py).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,9 @@ from offload.sizes import format_size
 from offload.workspace import host_bytes
 from quant.config import ModelConfig
 from quant.errors import Dsr1Error
+from quant.kernels import thread_count
 from quant.packed import ExpertRecord, PackedFormat
+from quant.tape import PASSES, Repeated
 
 ENOUGH_BYTES = 4 * 2**30  # several times the largest caches
 Tell = Callable[[str], None]
@@ -34,14 +36,40 @@ class Extent:
     experts: int
 
 
+class TokenCall:
+    """A layer's call for one token, recorded when it is made; `ids` and `weights` say with which experts.
+
+    x: bfloat16 [1, dim].
+    """
+
+    def __init__(self, layer: CpuExperts, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+        self._layer, self._x, self._ids, self._weights = layer, x, ids.clone(), weights.clone()
+        self._repeated = Repeated()
+        for position in range(PASSES):
+            self._repeated.run(position, self._work)
+
+    def run(self, ids: Tensor, weights: Tensor) -> Tensor:
+        """The layer's output, bfloat16 [1, dim], in the same memory every time."""
+        self._ids.copy_(ids)
+        self._weights.copy_(weights)
+        return self._repeated.run(PASSES, self._work)
+
+    def _work(self) -> Tensor:
+        return self._layer.sync(self._layer.submit(self._x, self._ids, self._weights))
+
+
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """One call: a layer and its weights, and what a router would ask. ids: int64 [T, K]; weights: float32 [T, K]."""
+    """One call: a layer and its weights, and what a router would ask. ids: int64 [T, K]; weights: float32 [T, K].
+
+    recorded: the layer's call for one token, for T = 1.
+    """
 
     layer: CpuExperts
     packed: PackedExperts
     ids: Tensor
     weights: Tensor
+    recorded: TokenCall | None = None
 
     @property
     def chosen(self) -> list[int]:
@@ -92,18 +120,34 @@ class BenchLayers:
         self._draws = [ExpertDraw(extent.experts, top_k, seed + number) for number in range(extent.layers)]
         self._x = torch.randn(max_tokens, config.dim, generator=torch.Generator().manual_seed(seed)).bfloat16()
         self._turns = 0
+        self._token_calls: dict[tuple[int, int], TokenCall] = {}  # by layer and threads
 
     def turn(self, tokens: int) -> Turn:
         """The next call: the next layer, with experts that were not used for longest."""
         number = self._turns % self.extent.layers
         self._turns += 1
-        ids = torch.from_numpy(self._draws[number].draw(tokens))
-        weights = torch.from_numpy(self._rng.random(ids.shape, dtype=np.float32))
-        return Turn(self.layers[number], self.packed[number], ids, weights / weights.sum(dim=1, keepdim=True))
+        recorded = self._recorded(number) if tokens == 1 else None
+        return self._drawn(number, tokens, recorded)
 
     def run(self, turn: Turn) -> Tensor:
         """The layer's output, bfloat16 [T, dim]."""
+        if turn.recorded is not None:
+            return turn.recorded.run(turn.ids, turn.weights)
         return turn.layer.sync(turn.layer.submit(self._x[: len(turn.ids)], turn.ids, turn.weights))
+
+    def _recorded(self, number: int) -> TokenCall:
+        """A layer's call for one token with as many threads as are set now."""
+        key = number, thread_count()
+        if key not in self._token_calls:
+            turn = self._drawn(number, 1)
+            self._token_calls[key] = TokenCall(turn.layer, self._x[:1], turn.ids, turn.weights)
+        return self._token_calls[key]
+
+    def _drawn(self, number: int, tokens: int, recorded: TokenCall | None = None) -> Turn:
+        ids = torch.from_numpy(self._draws[number].draw(tokens))
+        weights = torch.from_numpy(self._rng.random(ids.shape, dtype=np.float32))
+        weights /= weights.sum(dim=1, keepdim=True)
+        return Turn(self.layers[number], self.packed[number], ids, weights, recorded)
 
     def operations(self, tokens: int) -> int:
         """Additions and multiplications of a call."""

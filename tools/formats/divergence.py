@@ -55,7 +55,7 @@ class ReadOnce(EngineReference):
 
     def comparing(self, number: int, window: torch.Tensor) -> Compare:
         if number != self._number:
-            self._number, self._states, self._log_p = number, predicting_states(self.engine, window), {}
+            self._number, self._states, self._log_p = number, predicting_states(self.engine, window, self.decoding), {}
         return lambda log_q, targets, rows: compare(log_q, self._of(rows), targets)
 
     def _of(self, rows: slice) -> torch.Tensor:

@@ -32,8 +32,8 @@ def fit(groups: Floats, rounds: int) -> tuple[int, ...]:
         codes, scales = assign(groups, levels)
         weights = np.broadcast_to(scales[:, None], groups.shape)
         products = np.bincount(codes.ravel(), (groups * weights).ravel(), len(levels))
-        levels = products / np.bincount(codes.ravel(), (weights * weights).ravel(), len(levels))
-        levels = (levels * (LARGEST / np.abs(levels).max())).astype(np.float32)
+        means = products / np.bincount(codes.ravel(), (weights * weights).ravel(), len(levels))
+        levels = (means * (LARGEST / np.abs(means).max())).astype(np.float32)
     return tuple(int(level) for level in np.rint(levels))
 
 

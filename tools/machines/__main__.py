@@ -7,6 +7,7 @@ Cores of other kinds and clocks are taken as if they were that one. Nothing was 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from offload.machine import MACHINES, Machine, MachineGpu, Points
 from quant.packed import PACKED_FORMATS
@@ -28,7 +29,7 @@ COMPUTING = {
     },
 }
 PLAIN_POINTS = ((1, 690.0), (16, 1400.0), (128, 8000.0), (512, 28000.0))  # of float32, on the Xeon's core
-STEPS = {  # of the same core: fields of Machine
+STEPS: dict[str, Any] = {  # of the same core: fields of Machine
     "expert_output_ns": 0.6,
     "matrix_output_ns": 0.6,
     "experts_s": 2e-5,

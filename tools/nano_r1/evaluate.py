@@ -26,6 +26,7 @@ from hybrid_rt.planning import plan_model
 from hybrid_rt.transformer import Transformer
 from offload.backend import CpuBackend
 from offload.experts import ExpertBuffers
+from offload.wishes import Wishes
 from quant.checkpoint import Checkpoint
 from quant.config import ModelConfig
 from quant.kernels import set_threads
@@ -88,8 +89,11 @@ Sequence = tuple[list[int], int]  # token ids, and the number of them that were 
 class Runnable(Protocol):
     """What answers problems."""
 
-    config: ModelConfig
-    model: Transformer
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def model(self) -> Transformer: ...
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,7 @@ def load(folder: Path) -> Runnable:
 
 def load_store(store: Store) -> Stored:
     """The store as `dsr1 run --device cpu` has it, for batches of many sequences."""
-    notes: list[str] = []
-    plan = plan_model(store, None, None, None, "cpu", "float32", notes)
+    plan = plan_model(store, Wishes(device="cpu", dtype="float32"), [])
     set_threads(1)
     backend = CpuBackend()
     buffers = ExpertBuffers(store.config, backend, TOKENS_AT_ONCE * 4)

@@ -64,7 +64,7 @@ def export(training: Path, folder: Path, fields: dict[str, Any] = CONFIG) -> Che
     """Write `folder` from the training state and open it again, which checks it. Refuses a folder that exists."""
     folder.mkdir(parents=True)
     parts = shards_of(fields, torch.load(training, weights_only=True))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
         save_file(part, folder / file, metadata={"format": "pt"})

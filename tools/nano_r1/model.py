@@ -132,7 +132,7 @@ class _Dispatch(torch.autograd.Function):
         return x[order // top_k]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad[inverse].unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
 
@@ -147,7 +147,7 @@ class _Combine(torch.autograd.Function):
         return y[inverse].unflatten(0, (-1, top_k)).sum(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (order,) = ctx.saved_tensors
         return grad[order // ctx.top_k], None, None, None
 
