@@ -34,7 +34,7 @@ from quant.shards import Shards, known_sha256
 from quant.store_file import PlannedFile, StoreFile
 from quant.store_formats import StoreFormats
 from quant.store_layout import STORE_VERSION, StoreEntry, placements, plan_store
-from quant.tensor_rows import Scratch, convert_rows
+from quant.tensor_rows import Scratch, stored_rows
 
 TAIL_BYTES = 1 << 16  # of each shard, which tell models of one shape apart
 ENCODER_SOURCES = ("packed.py", "packing.py", "encode_reference.py", "encoding.py", "kernels/encode.py", "pieces.py")
@@ -175,7 +175,7 @@ class StoreEncoder:
     def encode(
         self, piece: Piece, rows: QuantTensor, columns: torch.Tensor | None, scratch: Scratch
     ) -> list[tuple[torch.Tensor, Errors | None]]:
-        return convert_rows(piece, rows, columns, scratch)
+        return [stored_rows(rows, target.representation, columns, scratch) for target in piece.targets]
 
 
 Plans = Mapping[str, FilePlan[StoreEntry]]

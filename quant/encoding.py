@@ -5,13 +5,16 @@ from collections.abc import Sequence
 import torch
 
 from quant.encode_reference import ANCHORS
+from quant.formats import BF16, F32, FP8_BLOCK, QuantTensor
 from quant.kernels import encode as encode_kernel
 from quant.kernels.decode import PACKED_CODES
 from quant.kernels.threads import call, parts_for
+from quant.kernels.vector import BF16_CODE, F32_CODE, FP8_CODE
 from quant.packed import BLOCK_K, TILE_ROWS, PackedFormat, blocks_per_row, tiles
 
 STRIP_WEIGHTS = 1 << 24  # made float32 and encoded at a time: 64 MiB, and tiles for many threads
 LEAST_WEIGHT = 1 / 128  # of a column, relative to the mean
+PLAIN_CODES = {F32.name: F32_CODE, BF16.name: BF16_CODE, FP8_BLOCK.name: FP8_CODE}
 WORK = 64  # what a weight costs, in multiplications
 
 
@@ -47,9 +50,19 @@ def encode(
     columns = column_weights(torch.ones(shape[1]) if importance is None else importance, shape[1])
     strip_tiles = max(1, STRIP_WEIGHTS // (TILE_ROWS * max(1, shape[1])))
     for first in range(0, tiles(shape), strip_tiles):
-        strip = weight[first * TILE_ROWS : (first + strip_tiles) * TILE_ROWS].detach()
-        part = out[first * fmt.tile_bytes(shape) :]
-        _encode_strip(strip.to(torch.float32).contiguous(), fmt, columns, part, errors, threads)
+        strip = weight[first * TILE_ROWS : (first + strip_tiles) * TILE_ROWS].detach().to(torch.float32).contiguous()
+        rows = QuantTensor(F32, tuple(strip.shape), strip)
+        _encode_rows(rows, fmt, columns, out[first * fmt.tile_bytes(shape) :], errors, threads)
+    return out
+
+
+def encode_published(
+    rows: QuantTensor, fmt: PackedFormat, importance: torch.Tensor | None, errors: Errors
+) -> torch.Tensor:
+    """A matrix in FP8, bfloat16 or float32 as `encode` packs it, on this thread alone; only blocks are made float32."""
+    out, count = torch.empty(fmt.nbytes(rows.shape), dtype=torch.uint8), rows.shape[1]
+    columns = column_weights(torch.ones(count) if importance is None else importance, count)
+    _encode_rows(rows, fmt, columns, out, errors, threads=1)
     return out
 
 
@@ -68,22 +81,24 @@ def column_weights(importance: torch.Tensor, count: int) -> torch.Tensor:
     return weights
 
 
-def _encode_strip(
-    weight: torch.Tensor,
+def _encode_rows(
+    rows: QuantTensor,
     fmt: PackedFormat,
     columns: torch.Tensor,
     out: torch.Tensor,
     errors: Errors | None,
     threads: int | None,
 ) -> None:
-    if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():  # ten times faster than isfinite
-        raise ValueError(f"weights that are NaN or infinite in float32 cannot be packed as {fmt.name}")
-    (n, k), parts = weight.shape, threads or parts_for(weight.numel() * WORK)
-    table = encode_kernel.search_table(fmt)
+    """Raises ValueError for weights that are not finite: their squares' sum is not, either."""
+    (n, k), parts = rows.shape, threads or parts_for(rows.data.numel() * WORK)
     scratch = torch.empty(parts * encode_kernel.SCRATCH_BYTES, dtype=torch.uint8)
     sums = torch.zeros(parts, encode_kernel.SUM_COUNT, dtype=torch.float64)
-    tensors = (out.data_ptr(), scratch.data_ptr(), columns.data_ptr(), 0 if errors is None else sums.data_ptr())
-    arguments = (weight.data_ptr(), table.ctypes.data, *tensors, n, k, PACKED_CODES[fmt.name], len(ANCHORS[fmt.name]))
-    call(encode_kernel.encode, arguments, parts)
+    tensors = (encode_kernel.search_table(fmt).ctypes.data, *(t.data_ptr() for t in (out, scratch, columns, sums)))
+    published = (rows.data.data_ptr(), 0 if rows.scale is None else rows.scale.data_ptr())
+    codes = (PLAIN_CODES[rows.format.name], PACKED_CODES[fmt.name])
+    call(encode_kernel.encode, (*published, *tensors, n, k, *codes, len(ANCHORS[fmt.name])), parts)
+    total = sums.sum(0)
+    if not total.isfinite().all():
+        raise ValueError(f"weights that are NaN or infinite in float32 cannot be packed as {fmt.name}")
     if errors is not None:
-        errors.add(sums.sum(0).tolist())
+        errors.add(total.tolist())

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from quant.errors import CheckpointError
-from quant.files import read_at
+from quant.files import let_go, read_at
 from quant.safetensors_file import FileSpan
 
 
@@ -28,7 +28,10 @@ class ShardReader:
             raise _changed(path, f"it had {nbytes} bytes, now {self._opened.st_size}")
 
     def read(self, span: FileSpan, buffer: memoryview) -> None:
-        """Fill `buffer`, span.nbytes long. Raises CheckpointError where the file ends before, or the disk fails."""
+        """Fill `buffer`, span.nbytes long; the system need not keep what was read.
+
+        Raises CheckpointError where the file ends before, or the disk fails.
+        """
         done = 0
         while done < span.nbytes:
             try:
@@ -38,6 +41,7 @@ class ShardReader:
             if not count:
                 raise _changed(self.path, f"it ends at byte {span.begin + done} now, in the middle of a tensor")
             done += count
+        let_go(self._file, span.begin, span.nbytes)
 
     def will_need(self, span: FileSpan) -> None:
         """Have the system read ahead, where it can."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from quant.errors import StoreError
-from quant.files import PART_SUFFIX, cannot_write, read_at, sync_folder, write_at
+from quant.files import PART_SUFFIX, cannot_write, let_go, read_at, sync_folder, write_at
 from quant.manifest import FileRecord
 from quant.pieces import Target
 
@@ -46,13 +46,14 @@ class StoreFile:
         self.write(0, memoryview(plan.head))
 
     def write(self, begin: int, data: memoryview) -> None:
-        """Raises StoreError when the disk refuses."""
+        """Have `data` at byte `begin`, soon on the disk, too. Raises StoreError when that refuses."""
+        done = 0
         try:
-            while data:
-                count = write_at(self._file, data, begin)
-                begin, data = begin + count, data[count:]
+            while done < len(data):
+                done += write_at(self._file, data[done:], begin + done)
         except OSError as error:
             raise cannot_write(self.path, error) from None
+        let_go(self._file, begin, done)
 
     def crc32(self, target: Target) -> int:
         """Of what lies at a target's place."""
@@ -86,11 +87,12 @@ class StoreFile:
         self.hashed = end
 
     def sync(self) -> None:
-        """Put what was written on the disk."""
+        """Put what was written on the disk, and out of memory what was read back."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from None
+        let_go(self._file, 0, self.hashed)
 
     def finish(self) -> FileRecord:
         """Give the whole file its name, on the disk too."""

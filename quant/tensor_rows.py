@@ -9,18 +9,15 @@ from math import prod
 
 import torch
 
-from quant.encoding import Errors, encode
-from quant.formats import BF16, F32, FORMATS, FP8_BLOCK, FP8_BLOCK_SIDE, QuantTensor
+from quant.encoding import PLAIN_CODES, Errors, encode_published
+from quant.formats import F32, FORMATS, FP8_BLOCK_SIDE, QuantTensor
 from quant.kernels.decode import PACKED_CODES, decode
 from quant.kernels.threads import call
-from quant.kernels.vector import BF16_CODE, FP8_CODE
 from quant.kernels.widen import SPARE_VALUES, widen
 from quant.packed import PACKED_FORMATS, PackedFormat
 from quant.pieces import Piece, Published, rows_bytes
 from quant.safetensors_file import FileSpan
 from quant.shard_reader import ShardReader
-
-CODES = {FP8_BLOCK.name: FP8_CODE, BF16.name: BF16_CODE}
 
 
 class Scratch(threading.local):
@@ -85,28 +82,21 @@ def float_rows(rows: QuantTensor, scratch: Scratch) -> torch.Tensor:
         call(decode, (rows.data.data_ptr(), out.data_ptr(), *rows.shape, PACKED_CODES[rows.format.name]), 1)
         return out.view(rows.shape)
     scale = 0 if rows.scale is None else rows.scale.data_ptr()
-    call(widen, (rows.data.data_ptr(), scale, out.data_ptr(), *rows.shape, CODES[rows.format.name]), 1)
+    call(widen, (rows.data.data_ptr(), scale, out.data_ptr(), *rows.shape, PLAIN_CODES[rows.format.name]), 1)
     return out.view(rows.shape)
 
 
 def stored_rows(
-    rows: QuantTensor, values: torch.Tensor, representation: str, columns: torch.Tensor | None = None
+    rows: QuantTensor, representation: str, columns: torch.Tensor | None, scratch: Scratch
 ) -> tuple[torch.Tensor, Errors | None]:
     """Rows of a tensor as a store keeps them in `representation`: uint8 [bytes]; what was lost, where that is packed.
 
-    values: the same rows in float32. columns: how much each counts, float32 [columns], by default alike. Raises
-    ValueError for values that are not finite, where the representation is a packed one.
+    columns: how much each counts, float32 [columns], by default alike. Raises ValueError for values that are not
+    finite, where the representation is a packed one.
     """
     if representation in PACKED_FORMATS:
         errors = Errors()
-        return encode(values, PACKED_FORMATS[representation], columns, errors, threads=1), errors
-    plain = rows.data if rows.format.name == representation else values.to(FORMATS[representation].dtype)
+        return encode_published(rows, PACKED_FORMATS[representation], columns, errors), errors
+    is_same = rows.format.name == representation
+    plain = rows.data if is_same else float_rows(rows, scratch).to(FORMATS[representation].dtype)
     return plain.contiguous().view(torch.uint8).reshape(-1), None
-
-
-def convert_rows(
-    piece: Piece, rows: QuantTensor, columns: torch.Tensor | None, scratch: Scratch
-) -> list[tuple[torch.Tensor, Errors | None]]:
-    """The bytes and errors of each target of a piece, as `stored_rows` gives them. Raises as that."""
-    values = float_rows(rows, scratch)
-    return [stored_rows(rows, values, target.representation, columns) for target in piece.targets]

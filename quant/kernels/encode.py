@@ -1,8 +1,8 @@
 """Weights into packed blocks: what quant/encode_reference.py does, with the same bytes, 16 rows at a time.
 
 A tile's rows are the lanes of `Lanes`; how much a column counts is one number for a whole vector. One block of 16 rows
-by 128 columns is worked on at a time, transposed, so that a column is one load; it is searched and written out before
-the next one is read.
+by 128 columns is worked on at a time, all the way from its published form: it is made float32, transposed, so that a
+column is one load, searched and written out before the next one is read, and never leaves the first-level cache.
 """
 
 from functools import cache
@@ -36,6 +36,7 @@ from quant.kernels.lanes import (
     where_less,
 )
 from quant.kernels.tiles import doubles, floats, share
+from quant.kernels.widen import widen_row
 from quant.packed import (
     ACCURATE,
     BLOCK_K,
@@ -51,13 +52,15 @@ from quant.packed import (
 VECTOR = 4 * TILE_ROWS  # bytes of one float32 a row
 MOST_GROUPS = 8  # in a block's row
 MOST_ANCHORS, TOPS = max(map(len, ANCHORS.values())), max(map(len, TOP_INTEGERS.values()))
-# Scratch of one thread, in bytes from its start: the block's columns, a vector for each group, three for each fit.
+# Scratch of one thread, in bytes from its start: the block's columns, a vector for each group, three for each fit,
+# sums, and the block's rows.
 INTEGERS = BLOCK_K * VECTOR
 FITS = INTEGERS + MOST_GROUPS * VECTOR
 FIT_BYTES = 3 * VECTOR
 SUMS = FITS + MOST_GROUPS * MOST_ANCHORS * FIT_BYTES
 SUM_COUNT = 4  # of squares: the weights, the errors, and both times what their columns count
-SCRATCH_BYTES = SUMS + SUM_COUNT * VECTOR
+ROWS = SUMS + SUM_COUNT * VECTOR
+SCRATCH_BYTES = ROWS + TILE_ROWS * BLOCK_K * 4 + VECTOR
 
 # What the search needs to know of a format: a table of float32, these first. Evenly spaced levels are a range, others
 # are listed, with the midpoints between them.
@@ -253,8 +256,7 @@ def _encode_one_scale(x, columns, power, table, anchors, measured, block):  # ty
     store(block, best)
     d = best * (fill(ONE) / power)
     _put_bytes(x, BLOCK_K, _over(fill(ONE), d), table, block + LINE)
-    if measured:
-        _measure_even(x, columns, measured, d, table, x + SUMS)
+    _measure_even(x, columns, measured, d, table, x + SUMS)
 
 
 @inner
@@ -358,9 +360,8 @@ def _make_encode_two_scales(fit, put_codes, measure, group, two_lines):  # type:
             scale = _integer(load(x + INTEGERS + g * VECTOR), table) * d
             lines = block + header_bytes + g * group * TILE_ROWS // 2
             put_codes(x + g * group * VECTOR, group, _over(fill(ONE), scale), table, lines)
-            if measured:
-                width = max(0, min(group, measured - g * group))
-                measure(x + g * group * VECTOR, columns + g * group * 4, width, scale, table, x + SUMS)
+            width = max(0, min(group, measured - g * group))
+            measure(x + g * group * VECTOR, columns + g * group * 4, width, scale, table, x + SUMS)
 
     return encode_two_scales
 
@@ -372,18 +373,15 @@ _encode_accurate = _make_encode_two_scales(
 
 
 @inner
-def _open_block(weight, rows, columns, k, x):  # type: ignore[no-untyped-def]
-    """Copy a block, whose rows are `k` apart, to address x: column by column, filled up with zeros."""
-    if rows == TILE_ROWS and columns == BLOCK_K:
-        for column in range(0, BLOCK_K, TILE_ROWS):
-            transpose(weight + column * 4, k * 4, x + column * VECTOR)
-        return
-    block = floats(x, (BLOCK_K, TILE_ROWS))
-    block[:] = ZERO
+def _open_block(weight, scales, row, rows, column, columns, k, source, x):  # type: ignore[no-untyped-def]
+    """Write a block as float32 to address x: column by column, filled up with zeros."""
+    plain = x + ROWS
+    if rows != TILE_ROWS or columns != BLOCK_K:
+        floats(plain, (TILE_ROWS * BLOCK_K,))[:] = ZERO
     for r in range(rows):
-        row = floats(weight + r * k * 4, (columns,))
-        for column in range(columns):
-            block[column, r] = row[column]
+        widen_row(weight, scales, row + r, column, columns, k, source, plain + r * BLOCK_K * 4)
+    for first in range(0, BLOCK_K, TILE_ROWS):
+        transpose(plain + first * 4, BLOCK_K * 4, x + first * VECTOR)
 
 
 @inner
@@ -414,7 +412,7 @@ def _encode_block(x, counts, power, table, code, anchors, measured, target):  # 
 
 
 @inner
-def _part(weight, rules, out, scratch, columns, errors, n, k, code, anchors, part, parts):  # type: ignore[no-untyped-def]
+def _part(weight, scales, rules, out, scratch, columns, errors, n, k, source, code, anchors, part, parts):  # type: ignore[no-untyped-def]
     table = floats(rules, (TABLE_SIZE,))
     x, totals = scratch + part * SCRATCH_BYTES, doubles(errors + part * SUM_COUNT * 8, (SUM_COUNT,))
     first_tile, end_tile = share((n + TILE_ROWS - 1) // TILE_ROWS, part, parts)
@@ -423,24 +421,22 @@ def _part(weight, rules, out, scratch, columns, errors, n, k, code, anchors, par
         row = tile * TILE_ROWS
         for block in range(blocks):
             column = block * BLOCK_K
-            _open_block(weight + (row * k + column) * 4, min(TILE_ROWS, n - row), min(BLOCK_K, k - column), k, x)
+            measured = min(BLOCK_K, k - column)  # columns; filling is left out
+            _open_block(weight, scales, row, min(TILE_ROWS, n - row), column, measured, k, source, x)
             power, target = _normalise(x), out + (tile * blocks + block) * BLOCK_BYTES[code]
-            measured = min(BLOCK_K, k - column) if errors != 0 else 0  # columns; filling is left out
-            if measured:
-                _clear_sums(x)
+            _clear_sums(x)
             _encode_block(x, columns + column * 4, power, table, code, anchors, measured, target)
-            if measured:
-                _add_sums(x, power, totals)
+            _add_sums(x, power, totals)
 
 
 def _encode(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
-    """Pack weight [n, k], float32 and finite. Arguments: those of _part, the first six addresses.
+    """Pack weight [n, k], as widen_row takes it. Arguments: those of _part, the first seven addresses.
 
-    columns: float32, how much errors in each column count, filled up to whole blocks. errors: 0, or of float64
-    [parts, 4], zeros, to which the sums of squares of weights and errors are added.
+    columns: float32, how much errors in each column count, filled up to whole blocks. errors: float64 [parts, 4],
+    zeros, to which the sums of squares of weights and errors are added: not finite exactly if a weight is not.
     """
-    weight, rules, out, scratch, columns, errors, n, k, code, anchors = arguments_of(arguments, 10)
-    _part(weight, rules, out, scratch, columns, errors, n, k, code, anchors, part, parts)
+    weight, scales, rules, out, scratch, columns, errors, n, k, source, code, anchors = arguments_of(arguments, 12)
+    _part(weight, scales, rules, out, scratch, columns, errors, n, k, source, code, anchors, part, parts)
     return 0
 
 
