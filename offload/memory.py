@@ -21,6 +21,7 @@ from torch import Tensor
 from offload.hardware import lockable
 from offload.sizes import format_size
 from quant.errors import DeviceError, StoreError
+from quant.files import let_go
 
 HUGE_PAGE = 2 << 20
 READ_BYTES = 16 << 20  # read at a time; so much of a file is in memory twice, for each thread
@@ -119,9 +120,7 @@ class OnceRead:
 
     def forget(self, begin: int, nbytes: int) -> None:
         """Let Linux drop these bytes from the page cache; it keeps pages that other programs have mapped."""
-        if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # advice: some file systems take none
-                os.posix_fadvise(self._file, begin, nbytes, os.POSIX_FADV_DONTNEED)
+        let_go(self._file, begin, nbytes)
 
 
 def run_near(work: Iterable[tuple[Sequence[int], Iterable[Callable[[], None]]]]) -> None:

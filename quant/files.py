@@ -91,14 +91,15 @@ def write_at(file: FileIO, data: memoryview, begin: int) -> int:
         return file.write(data) or 0
 
 
-def let_go(file: FileIO, begin: int, nbytes: int) -> None:
+def let_go(descriptor: int, begin: int, nbytes: int) -> None:
     """Say that bytes need not stay in memory: Linux begins to write what is not on the disk yet, and frees the rest.
 
-    Memory that was freed is used again at once, which costs far less than memory never used before.
+    Memory that was freed is used again at once, which costs far less than memory never used before. Pages that
+    programs have mapped stay.
     """
     if hasattr(os, "posix_fadvise") and nbytes:  # 0 would mean the whole file
-        with suppress(OSError):
-            os.posix_fadvise(file.fileno(), begin, nbytes, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # advice: some file systems take none
+            os.posix_fadvise(descriptor, begin, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class ShardReader:
             if not count:
                 raise _changed(self.path, f"it ends at byte {span.begin + done} now, in the middle of a tensor")
             done += count
-        let_go(self._file, span.begin, span.nbytes)
+        let_go(self._file.fileno(), span.begin, span.nbytes)
 
     def will_need(self, span: FileSpan) -> None:
         """Have the system read ahead, where it can."""

@@ -53,7 +53,7 @@ class StoreFile:
                 done += write_at(self._file, data[done:], begin + done)
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        let_go(self._file, begin, done)
+        let_go(self._file.fileno(), begin, done)
 
     def crc32(self, target: Target) -> int:
         """Of what lies at a target's place."""
@@ -92,7 +92,7 @@ class StoreFile:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        let_go(self._file, 0, self.hashed)
+        let_go(self._file.fileno(), 0, self.hashed)
 
     def finish(self) -> FileRecord:
         """Give the whole file its name, on the disk too."""

