@@ -24,7 +24,9 @@ from quant.journal import JOURNAL_NAME
 from quant.manifest import MANIFEST_NAME
 from quant.progress import Progress
 from quant.report import REPORT_NAME
+from quant.safetensors_file import FileSpan
 from quant.store import Store, is_store
+from tests.page_cache import cached_pages, skip_in_ram, write_to_disk
 from tests.tiny_checkpoint import BF16, NO_MTP, tiny_config, tiny_tensors, write_checkpoint, write_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -355,3 +357,16 @@ def test_the_command_refuses(source: Path, tmp_path: Path, src: str, recipe: str
     with pytest.raises(Dsr1Error, match=words):
         quantize(str(given), str(tmp_path / "new"), recipe, jobs=1, as_json=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_was_read_or_written_is_not_kept_in_memory(source: Path, tmp_path: Path) -> None:
+    skip_in_ram(tmp_path)
+    path = tmp_path / "shard"
+    write_to_disk(path, data := os.urandom(3 << 20))
+    reader, buffer = shard_reader.ShardReader(path, len(data)), bytearray(len(data))
+    assert cached_pages(path) > 0
+    reader.read(FileSpan(path, 0, len(data)), memoryview(buffer))
+    reader.close()
+    assert buffer == data and cached_pages(path) == 0
+    convert(Checkpoint.open(source), tmp_path / "store", "q8")
+    assert [cached_pages(path) for path in (tmp_path / "store").glob("*.safetensors")] == [0] * 3

@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import os
 import re
-import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from quant.config import parse_config
 from quant.errors import DeviceError, StoreError
 from quant.packed import PACKED_FORMATS, ExpertRecord, PackedFormat, tiles
 from quant.safetensors_file import FileSpan
+from tests.page_cache import cached_pages, skip_in_ram, write_to_disk
 from tests.tiny_checkpoint import TINY
 from tools.residency import Setup, measure
 
@@ -234,13 +234,9 @@ def test_memory_that_cannot_be_bound_is_told_once(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_was_read_once_leaves_the_page_cache(tmp_path: Path) -> None:
-    kind = subprocess.run(["stat", "-f", "-c", "%T", str(tmp_path)], capture_output=True, text=True).stdout
-    if kind.strip() in ("tmpfs", "ramfs"):
-        pytest.skip("files in RAM have no copy that could be dropped")
+    skip_in_ram(tmp_path)
     path = tmp_path / "file"
-    path.write_bytes(os.urandom(4 << 20))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    write_to_disk(path, os.urandom(4 << 20))
     target = torch.zeros(2 << 20, dtype=torch.uint8)
     with OnceRead(path) as source:
         source.read(1 << 20, target)
@@ -250,17 +246,6 @@ def test_what_was_read_once_leaves_the_page_cache(tmp_path: Path) -> None:
     assert cached_pages(path) == 0
     path.read_bytes()
     assert cached_pages(path) > 0
-
-
-def cached_pages(path: Path) -> int:
-    """Pages of a file in the page cache."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-        count = -(-len(mapping) // mmap.PAGESIZE)
-        found, address = (ctypes.c_ubyte * count)(), ctypes.c_char.from_buffer(mapping)
-        place = ctypes.c_void_p(ctypes.addressof(address))
-        assert ctypes.CDLL(None).mincore(place, ctypes.c_size_t(len(mapping)), found) == 0
-        del address
-    return sum(page & 1 for page in found)
 
 
 def test_jobs_run_on_the_processors_of_their_node_and_errors_come_back() -> None:
