@@ -155,10 +155,11 @@ def bench_shape(name: str, config: ModelConfig, fmt: PackedFormat, wanted: Wante
 
 
 def predict_layer(config: ModelConfig, machine: Machine, fmt: PackedFormat, point: Point) -> float:
-    """Seconds of a call by the cost model."""
-    record = ExpertRecord(fmt, config.dim, config.moe_inter_dim)
+    """Seconds of a call by the cost model; that of one token is played from a recording."""
+    record, costs = ExpertRecord(fmt, config.dim, config.moe_inter_dim), Costs(config, machine)
     pairs = point.tokens * config.n_activated_experts
-    return Costs(config, machine).experts_alone(fmt.name, record.nbytes, point.experts, pairs).seconds
+    cost = costs.experts if point.tokens == 1 else costs.experts_alone
+    return cost(fmt.name, record.nbytes, point.experts, pairs).seconds
 
 
 def show_report(report: Report, console: Console, predicted: Mapping[Point, float]) -> None:

@@ -211,7 +211,7 @@ class Costs:
         return Times({COMPUTING: count * each_ns * 1e-9 / self.machine.cores})
 
     def experts_alone(self, representation: str, record_bytes: float, touched: float, pairs: float) -> Times:
-        """The same in a call of their own."""
+        """The same in a call of their own, through torch."""
         called = Times({STEPS: OPERATORS_OF_EXPERTS * self.machine.eager_s})
         return _sum(called, self.experts(representation, record_bytes, touched, pairs))
 

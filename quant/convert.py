@@ -37,7 +37,17 @@ from quant.store_layout import STORE_VERSION, StoreEntry, placements, plan_store
 from quant.tensor_rows import Scratch, stored_rows
 
 TAIL_BYTES = 1 << 16  # of each shard, which tell models of one shape apart
-ENCODER_SOURCES = ("packed.py", "packing.py", "encode_reference.py", "encoding.py", "kernels/encode.py", "pieces.py")
+ENCODER_SOURCES = (
+    "packed.py",
+    "packing.py",
+    "encode_reference.py",
+    "encoding.py",
+    "pieces.py",
+    "kernels/encode.py",
+    "kernels/widen.py",
+    "kernels/lanes.py",
+    "kernels/vector.py",
+)
 # What else belongs to a model, copied as it is.
 COPIED = (
     "config.json",

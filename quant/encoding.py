@@ -93,7 +93,8 @@ def _encode_rows(
     (n, k), parts = rows.shape, threads or parts_for(rows.data.numel() * WORK)
     scratch = torch.empty(parts * encode_kernel.SCRATCH_BYTES, dtype=torch.uint8)
     sums = torch.zeros(parts, encode_kernel.SUM_COUNT, dtype=torch.float64)
-    tensors = (encode_kernel.search_table(fmt).ctypes.data, *(t.data_ptr() for t in (out, scratch, columns, sums)))
+    table = encode_kernel.search_table(fmt)  # held here: of two threads that make it at once, one's is not kept
+    tensors = (table.ctypes.data, *(tensor.data_ptr() for tensor in (out, scratch, columns, sums)))
     published = (rows.data.data_ptr(), 0 if rows.scale is None else rows.scale.data_ptr())
     codes = (PLAIN_CODES[rows.format.name], PACKED_CODES[fmt.name])
     call(encode_kernel.encode, (*published, *tensors, n, k, *codes, len(ANCHORS[fmt.name])), parts)

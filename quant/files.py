@@ -94,8 +94,8 @@ def write_at(file: FileIO, data: memoryview, begin: int) -> int:
 def let_go(descriptor: int, begin: int, nbytes: int) -> None:
     """Say that bytes need not stay in memory: Linux begins to write what is not on the disk yet, and frees the rest.
 
-    Memory that was freed is used again at once, which costs far less than memory never used before. Pages that
-    programs have mapped stay.
+    Memory that was freed is used again at once, which costs far less than memory never used before. Pages stay that
+    programs have mapped, that lie only partly within, or that are being written: for these, say it again later.
     """
     if hasattr(os, "posix_fadvise") and nbytes:  # 0 would mean the whole file
         with suppress(OSError):  # advice: some file systems take none

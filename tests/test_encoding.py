@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from quant import encoding
 from quant.encode_reference import quantise
-from quant.encoding import Errors, column_weights, encode
-from quant.formats import BF16, FP8_BLOCK, QuantTensor
+from quant.encoding import Errors, column_weights, encode, encode_published
+from quant.formats import BF16, FP8_BLOCK, Format, QuantTensor
 from quant.kernels import set_threads
 from quant.kernels.widen import SPARE_VALUES
 from quant.packed import ACCURATE, FAST, PACKED_FORMATS, Q8, PackedFormat
@@ -310,3 +310,48 @@ def test_published_rows_are_widened_exactly(rows: int, columns: int, seed: int) 
         values = float_rows(weight, scratch)
         assert torch.equal(values.nan_to_num(9e9), weight.dequantize(torch.float32).nan_to_num(9e9))
         assert (room[rows * columns + SPARE_VALUES :] == 7.0).all()
+
+
+def published(fmt: Format, rows: int, columns: int, seed: int) -> QuantTensor:
+    """Finite weights in FP8 or bfloat16, with scales that differ from block to block."""
+    rng = torch.Generator().manual_seed(seed)
+    if fmt is BF16:
+        return QuantTensor(BF16, (rows, columns), torch.randn(rows, columns, generator=rng).bfloat16())
+    codes = torch.randn(rows, columns, generator=rng).mul(50).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=rng) + 0.01
+    return QuantTensor(FP8_BLOCK, (rows, columns), codes, scale)
+
+
+@given(
+    st.sampled_from(ALL),
+    st.sampled_from((FP8_BLOCK, BF16)),
+    st.integers(1, 300),
+    st.integers(1, 400),
+    st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None)
+@example(FAST, FP8_BLOCK, 257, 300, 0)
+@example(ACCURATE, FP8_BLOCK, 130, 129, 0)
+def test_published_weights_are_packed_as_their_values_are(
+    fmt: PackedFormat, source: Format, rows: int, columns: int, seed: int
+) -> None:
+    weight, found, expected = published(source, rows, columns, seed), Errors(), Errors()
+    importance = torch.rand(columns, generator=torch.Generator().manual_seed(seed))
+    data = encode_published(weight, fmt, importance, found)
+    assert torch.equal(data, encode(weight.dequantize(torch.float32), fmt, importance, expected))
+    assert found.sums == pytest.approx(expected.sums, rel=1e-12)
+
+
+@each_format
+@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (130, 150)])
+def test_published_weights_that_are_not_finite_are_refused(fmt: PackedFormat, rows: int, columns: int) -> None:
+    for value, source in ((float("nan"), FP8_BLOCK), (float("nan"), BF16), (-float("inf"), BF16)):
+        weight = published(source, rows, columns, 0)
+        weight.data[-1, -1] = value
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            encode_published(weight, fmt, None, Errors())
+    weight = published(FP8_BLOCK, rows, columns, 0)
+    assert weight.scale is not None
+    weight.scale[-1, -1] = float("inf")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        encode_published(weight, fmt, None, Errors())

@@ -22,7 +22,7 @@ from quant.config import ModelConfig
 from quant.errors import Dsr1Error
 from quant.kernels import thread_count
 from quant.packed import ExpertRecord, PackedFormat
-from quant.tape import PASSES, Repeated
+from quant.tape import PASSES, NotRecordableError, Repeated
 
 ENOUGH_BYTES = 4 * 2**30  # several times the largest caches
 Tell = Callable[[str], None]
@@ -47,6 +47,8 @@ class TokenCall:
         self._repeated = Repeated()
         for position in range(PASSES):
             self._repeated.run(position, self._work)
+        if self._repeated.tape is None:
+            raise NotRecordableError("a call of a layer of experts")
 
     def run(self, ids: Tensor, weights: Tensor) -> Tensor:
         """The layer's output, bfloat16 [1, dim], in the same memory every time."""
@@ -130,7 +132,7 @@ class BenchLayers:
         return self._drawn(number, tokens, recorded)
 
     def run(self, turn: Turn) -> Tensor:
-        """The layer's output, bfloat16 [T, dim]."""
+        """The layer's output, bfloat16 [T, dim]; of one token in memory that the next such call overwrites."""
         if turn.recorded is not None:
             return turn.recorded.run(turn.ids, turn.weights)
         return turn.layer.sync(turn.layer.submit(self._x[: len(turn.ids)], turn.ids, turn.weights))

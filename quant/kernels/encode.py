@@ -60,7 +60,7 @@ FIT_BYTES = 3 * VECTOR
 SUMS = FITS + MOST_GROUPS * MOST_ANCHORS * FIT_BYTES
 SUM_COUNT = 4  # of squares: the weights, the errors, and both times what their columns count
 ROWS = SUMS + SUM_COUNT * VECTOR
-SCRATCH_BYTES = ROWS + TILE_ROWS * BLOCK_K * 4 + VECTOR
+SCRATCH_BYTES = ROWS + TILE_ROWS * BLOCK_K * 4
 
 # What the search needs to know of a format: a table of float32, these first. Evenly spaced levels are a range, others
 # are listed, with the midpoints between them.
@@ -433,7 +433,8 @@ def _encode(arguments, part, parts, sync):  # type: ignore[no-untyped-def]
     """Pack weight [n, k], as widen_row takes it. Arguments: those of _part, the first seven addresses.
 
     columns: float32, how much errors in each column count, filled up to whole blocks. errors: float64 [parts, 4],
-    zeros, to which the sums of squares of weights and errors are added: not finite exactly if a weight is not.
+    zeros, to which the sums of squares of weights and errors are added: not finite exactly if a weight is not, as
+    _normalise keeps finite squares finite.
     """
     weight, scales, rules, out, scratch, columns, errors, n, k, source, code, anchors = arguments_of(arguments, 12)
     _part(weight, scales, rules, out, scratch, columns, errors, n, k, source, code, anchors, part, parts)

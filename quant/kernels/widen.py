@@ -14,7 +14,8 @@ _decode_f32, _decode_bf16, _decode_fp8 = (make_decode(code) for code in (F32_COD
 def widen_row(stored, scales, row, column, count, k, code, out):  # type: ignore[no-untyped-def]
     """Write `count` values of a row of a matrix [.., k], from a column on that is a multiple of 128, to `out`.
 
-    stored, scales: addresses of the matrix and of its scales, of FP8 float32 [.. / 128, k / 128].
+    Up to SPARE_VALUES more are written after them. stored, scales: addresses of the matrix and of its scales, which
+    FP8 alone has: float32 [.. / 128, k / 128].
     """
     source = stored + (row * k + column) * (4 >> code)
     if code == FP8_CODE:
