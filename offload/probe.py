@@ -127,7 +127,7 @@ def _steps() -> dict[str, float]:
         return y
 
     many = torch.randn(TENSORS, MANY_ROWS, WIDTH)  # more than caches hold, as weights are read between small steps
-    convert = called(lambda: [converted(each, torch.bfloat16) for each in many])
+    [convert] = called(lambda: [converted(each, torch.bfloat16) for each in many])
     [seconds] = played(row)
     return {"call_s": seconds / STEPS, "value_ns": core_ns(convert, many.numel())}
 
@@ -177,12 +177,13 @@ def _decompressed_ns() -> float:
     """A multiplication of the decompressed form: of 512 tokens, without those of 256."""
     wkv_b, cached = torch.randn(HEADS, NOPE + VALUE, LORA).bfloat16(), torch.randn(SEEN, LORA + ROPE).bfloat16()
 
-    def timed(tokens: int) -> float:
+    def row(tokens: int) -> Callable[[], Tensor]:
         queries = _queries(tokens)
-        return called(lambda: model_ops.attend_decompressed(*queries, cached, wkv_b, 0.1))
+        return lambda: model_ops.attend_decompressed(*queries, cached, wkv_b, 0.1)
 
+    more, fewer = called(row(512), row(256))
     pairs = 512 * (SEEN - 256) - 256 * (SEEN - 128)  # of a query and a key, half of the queries' own among them
-    return core_ns(max(timed(512) - timed(256), 1e-6), pairs * HEADS * (NOPE + ROPE + VALUE))
+    return core_ns(max(more - fewer, 1e-6), pairs * HEADS * (NOPE + ROPE + VALUE))
 
 
 def _queries(tokens: int) -> tuple[Tensor, Tensor]:

@@ -48,9 +48,10 @@ def _play(row: Repeated, work: Callable[[], Tensor], position: int) -> float:
     return seconds_of(lambda: row.run(position, work))
 
 
-def called(row: Callable[[], object], typical: Typical = median) -> float:
-    """Seconds of a row of operators; the first run does not count."""
-    return typical([seconds_of(row) for _ in range(1 + RUNS)][1:])
+def called(*rows: Callable[[], object], typical: Typical = median) -> list[float]:
+    """Seconds of rows of operators, which take turns; the first round does not count."""
+    rounds = [[seconds_of(row) for row in rows] for _ in range(1 + RUNS)]
+    return [typical(runs) for runs in zip(*rounds[1:], strict=True)]
 
 
 def core_ns(seconds: float, blocks: float) -> float:
@@ -82,10 +83,6 @@ class ProbeExperts:
         """Results for a token: gates, values beside them, and the sum."""
         return 2 * self.record.inter_dim + self.record.dim
 
-    def call_s(self, tokens: int, typical: Typical = median) -> float:
-        """Of a call with so many tokens an expert."""
-        return called(self._row(tokens), typical) / few(tokens)
-
     def whole(self, touched: int) -> Callable[[], Tensor]:
         """Calls of one token an expert that touch all experts, `touched` at a time."""
         tokens = touched // self.top_k
@@ -99,8 +96,8 @@ class ProbeExperts:
 
         return work
 
-    def _row(self, each: int) -> Callable[[], None]:
-        """Calls with `each` tokens an expert, each time of the experts that were not used for longest."""
+    def row(self, each: int) -> Callable[[], None]:
+        """few(each) calls with `each` tokens an expert, each time of the experts that were not used for longest."""
         tokens = TOUCHED * each // self.top_k
         asked = torch.arange(tokens * self.top_k) % TOUCHED
         x, weights = torch.randn(tokens, self.record.dim), torch.rand(tokens, self.top_k)
@@ -120,10 +117,12 @@ def expert_points(records: Tensor, record: ExpertRecord) -> tuple[Points, float]
     wider = ProbeExperts(records, ExpertRecord(record.format, DIM // WIDER, INTER * WIDER))
     blocks = TOUCHED * 3 * DIM * INTER / BLOCK
     more = TOUCHED * MANY * (wider.outputs - layer.outputs)
-    output_ns = core_ns(max(LEAST_S, wider.call_s(MANY, min) - layer.call_s(MANY, min)), more)
+    wide_s, near_s = called(wider.row(MANY), layer.row(MANY), typical=min)
+    output_ns = core_ns(max(LEAST_S, wide_s - near_s), few(MANY) * more)
     [seconds] = played(layer.whole(TOUCHED))
     found = [(1, core_ns(seconds, len(records) / TOUCHED * blocks))]
-    found += [(tokens, core_ns(layer.call_s(tokens), blocks)) for tokens in EXPERT_TOKENS[1:]]
+    times = called(*map(layer.row, EXPERT_TOKENS[1:]))
+    found += [(each, core_ns(row_s, few(each) * blocks)) for each, row_s in zip(EXPERT_TOKENS[1:], times, strict=True)]
     return _without(found, output_ns * TOUCHED * layer.outputs / blocks), output_ns
 
 
@@ -141,16 +140,16 @@ class ProbeMatrices:
         self.matrices, self.format, self.shape = matrices, fmt, shape
         self.next = 0
 
-    def call_s(self, tokens: int, typical: Typical = median) -> float:
-        """Of a matrix with so many tokens."""
-        x, count = torch.randn(tokens, self.shape[1]), 3 * few(tokens)
+    def row(self, tokens: int) -> Callable[[], None]:
+        """3 few(tokens) matrices with so many tokens, those that were not used for longest."""
+        x = torch.randn(tokens, self.shape[1])
 
         def row() -> None:
-            for _ in range(count):
+            for _ in range(3 * few(tokens)):
                 self._multiply(x, self.matrices[self.next], self.shape[0])
                 self.next = (self.next + 1) % len(self.matrices)
 
-        return called(row, typical) / count
+        return row
 
     def whole(self, slices: int) -> Callable[[], Tensor]:
         """All matrices with one token, each in so many slices."""
@@ -182,10 +181,12 @@ def matrix_points(records: Tensor, record: ExpertRecord) -> tuple[Points, float]
     single = ProbeMatrices(matrices, record.format, (INTER, DIM))
     wider = ProbeMatrices(matrices, record.format, (INTER * WIDER, DIM // WIDER))
     more = MANY * (wider.shape[0] - INTER)
-    output_ns = core_ns(max(LEAST_S, wider.call_s(MANY, min) - single.call_s(MANY, min)), more)
+    wide_s, near_s = called(wider.row(MANY), single.row(MANY), typical=min)
+    output_ns = core_ns(max(LEAST_S, wide_s - near_s), 3 * few(MANY) * more)
     [seconds] = played(single.whole(1))
     found = [(1, core_ns(seconds, len(matrices) * blocks))]
-    found += [(tokens, core_ns(single.call_s(tokens), blocks)) for tokens in MATRIX_TOKENS[1:]]
+    times = called(*map(single.row, MATRIX_TOKENS[1:]))
+    found += [(each, core_ns(s, 3 * few(each) * blocks)) for each, s in zip(MATRIX_TOKENS[1:], times, strict=True)]
     return _without(found, output_ns * INTER / blocks), output_ns
 
 
@@ -194,7 +195,7 @@ def beginnings(records: Tensor, record: ExpertRecord) -> tuple[float, float]:
     single = ProbeMatrices(matrices_of(records, record), record.format, (INTER, DIM))
     count = len(single.matrices)
     small, large = played(single.whole(SLICES), single.whole(1), typical=min)
-    operators = called(single.whole(SLICES), min)
+    [operators] = called(single.whole(SLICES), typical=min)
     return max(LEAST_S, small - large) / ((SLICES - 1) * count), max(LEAST_S, operators - small) / (SLICES * count)
 
 
@@ -222,5 +223,6 @@ def plain_points(memory: Tensor) -> Points:
 
     [seconds] = played(row(1, count))
     found = [(1, core_ns(seconds, count * blocks))]
-    found += [(tokens, core_ns(called(row(tokens, 1)), blocks)) for tokens in MATRIX_TOKENS[2:]]
+    times = called(*(row(tokens, 1) for tokens in MATRIX_TOKENS[2:]))
+    found += [(tokens, core_ns(s, blocks)) for tokens, s in zip(MATRIX_TOKENS[2:], times, strict=True)]
     return tuple(found)
