@@ -1,7 +1,7 @@
 """Writes offload/machines/*.json, from data sheets and from kernels' times on one core: `python -m tools.machines`.
 
 A block of 16 x 128 weights takes a core as long as the slower of two things: reading it, at the core's share of the
-memory's bandwidth, of which READ_SHARE is reached (measured: 0.93 to 0.95 for a layer of R1's size); and computing, as
+memory's bandwidth, of which READ_SHARE is reached (measured: 0.91 to 0.95 for a layer of R1's size); and computing, as
 measured on one core of a Xeon with AMX with everything in its second-level cache, kernels of the machine's instruction
 set. Cores of other kinds and clocks are taken as if they were that one. Nothing was measured on these machines.
 """
