@@ -47,7 +47,7 @@ def encode(
         raise ValueError(f"only a matrix [N, K] of floats on the CPU can be packed, not {what}")
     shape = (weight.shape[0], weight.shape[1])
     out = torch.empty(fmt.nbytes(shape), dtype=torch.uint8)
-    columns = column_weights(torch.ones(shape[1]) if importance is None else importance, shape[1])
+    columns = column_weights(importance, shape[1])
     strip_tiles = max(1, STRIP_WEIGHTS // (TILE_ROWS * max(1, shape[1])))
     for first in range(0, tiles(shape), strip_tiles):
         strip = weight[first * TILE_ROWS : (first + strip_tiles) * TILE_ROWS].detach().to(torch.float32).contiguous()
@@ -60,21 +60,23 @@ def encode_published(
     rows: QuantTensor, fmt: PackedFormat, importance: torch.Tensor | None, errors: Errors
 ) -> torch.Tensor:
     """A matrix in FP8, bfloat16 or float32 as `encode` packs it, on this thread alone; only blocks are made float32."""
-    out, count = torch.empty(fmt.nbytes(rows.shape), dtype=torch.uint8), rows.shape[1]
-    columns = column_weights(torch.ones(count) if importance is None else importance, count)
-    _encode_rows(rows, fmt, columns, out, errors, threads=1)
+    out = torch.empty(fmt.nbytes(rows.shape), dtype=torch.uint8)
+    _encode_rows(rows, fmt, column_weights(importance, rows.shape[1]), out, errors, threads=1)
     return out
 
 
-def column_weights(importance: torch.Tensor, count: int) -> torch.Tensor:
+def column_weights(importance: torch.Tensor | None, count: int) -> torch.Tensor:
     """What the search takes for `importance` [count], 0 or positive: float32, filled up to whole blocks with 1.
 
-    Relative to the mean, and within LEAST_WEIGHT .. 1 / LEAST_WEIGHT: a text that hardly uses a column does not say
-    that others do not. Raises ValueError for values below 0, infinite ones, or too few or many.
+    All are 1 where there is none. Else they are relative to the mean, and within LEAST_WEIGHT .. 1 / LEAST_WEIGHT: a
+    text that hardly uses a column does not say that others do not. Raises ValueError for values below 0, infinite
+    ones, or too few or many.
     """
+    weights = torch.ones(blocks_per_row((1, count)) * BLOCK_K)
+    if importance is None:
+        return weights
     if importance.shape != (count,) or not importance.isfinite().all() or (importance < 0).any():
         raise ValueError(f"the importance of {count} columns must be as many numbers of at least 0")
-    weights = torch.ones(blocks_per_row((1, count)) * BLOCK_K)
     mean = importance.double().mean()
     if mean > 0:
         weights[:count] = (importance / mean).clamp(LEAST_WEIGHT, 1 / LEAST_WEIGHT)

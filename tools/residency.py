@@ -33,6 +33,7 @@ from offload.node_experts import NodeExperts, copy_records
 from offload.sizes import format_size
 from offload.topology import read_topology
 from quant.config import ModelConfig
+from quant.files import let_go
 from quant.packed import ExpertRecord
 from quant.safetensors_file import FileSpan
 
@@ -69,7 +70,7 @@ def write_experts(setup: Setup, path: Path) -> FileSpan:
 def drop(path: Path) -> None:
     """Let a file leave the page cache."""
     with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        let_go(file.fileno(), 0, path.stat().st_size)
 
 
 def cache_in_small_pages(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from offload.checks.check import Check
 from offload.sizes import format_size
+from quant.files import let_go
 
 BLOCK = 4 << 20  # bytes of a read
 READERS = 8  # reads on their way at a time, as when experts are copied
@@ -71,8 +72,8 @@ def _flags(path: Path) -> int:
     with suppress(OSError):
         next(_read_blocks(path, direct, [0], math.inf))
         return direct
-    with path.open("rb") as file, suppress(OSError):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with path.open("rb") as file:
+        let_go(file.fileno(), 0, path.stat().st_size)
     return os.O_RDONLY
 
 
